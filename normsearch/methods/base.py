@@ -1,0 +1,355 @@
+"""The contract of a normalization method, and what a trained BatchNorm hands over to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from normsearch.errors import MethodError, ShapeError, StateError
+from normsearch.sites import NormSite, is_trained
+
+Keep = Literal["function", "affine", "nothing"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a method cannot stand at a site, and what to do about it."""
+
+    site: str
+    method: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.site or '(the model itself)'}: {self.method} refused: {self.reason}; {self.remedy}"
+
+
+class Built(NamedTuple):
+    """What a method puts in place: the new layer, and a new producer where it rewrites that too."""
+
+    module: nn.Module
+    producer: nn.Module | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainedNorm:
+    """The numbers of a BatchNorm layer, whatever its class: what a method is initialised from.
+
+    Attributes:
+        channels: number of channels C.
+        eps: constant added to the variance.
+        momentum: step of the running statistics; None means a cumulative average.
+        weight: γ of shape (C,); the layer's own Parameter, or a plain tensor where it was a buffer.
+        bias: β of shape (C,), likewise.
+        running_mean: μ of shape (C,).
+        running_var: σ² of shape (C,).
+        num_batches_tracked: number of updates, a scalar.
+        trained: whether the statistics carry anything; False once they were dropped by ``reset``.
+        training: the layer's training flag.
+        synchronized: whether batch statistics were taken over a process group.
+        process_group: that group; None is the default group.
+
+    """
+
+    channels: int
+    eps: float
+    momentum: float | None
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    trained: bool
+    training: bool = True
+    synchronized: bool = False
+    process_group: Any = None
+
+    @classmethod
+    def of(cls, module: nn.Module, site: NormSite) -> Self:
+        """Read a layer found by ``find_sites``."""
+        state = {name: getattr(module, name, None) for name in _STATE_NAMES}
+        return cls._from(state, site, module.training, getattr(module, "process_group", None))
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str, site: NormSite) -> Self:
+        """Read the entries of one layer from a state dict.
+
+        Raises:
+            StateError: an entry that the site must have is missing or has another shape.
+
+        """
+        state = {name: state_dict.get(f"{prefix}{name}") for name in _STATE_NAMES}
+        needed = ("running_mean", "running_var") if site.track_running_stats else ()
+        for name in needed + (("weight",) if site.affine and state["bias"] is None else ()):
+            if state[name] is None:
+                raise StateError(
+                    f"the state dict has no {prefix}{name}, which {site.layer} at {site.path} must have; "
+                    "give a state dict saved from the model that the plan was made for"
+                )
+        for name, tensor in state.items():
+            if name != "num_batches_tracked" and tensor is not None and tensor.shape != (site.channels,):
+                raise StateError(
+                    f"{prefix}{name} has shape {tuple(tensor.shape)}, the plan expects ({site.channels},); "
+                    "give a state dict saved from the model that the plan was made for"
+                )
+        return cls._from(state, site, True, None)
+
+    @classmethod
+    def _from(cls, state: dict[str, Tensor | None], site: NormSite, training: bool, group: Any) -> Self:
+        assert site.channels is not None
+        trained = is_trained(state["running_mean"], state["running_var"], state["num_batches_tracked"])
+        return cls(
+            channels=site.channels,
+            eps=site.eps,
+            momentum=0.1 if site.kind == "frozen" else site.momentum,
+            # Numbers on the meta device cannot be read; such a model is rewritten as if it were trained.
+            trained=trained is not False,
+            training=training,
+            synchronized=site.kind == "sync",
+            process_group=group,
+            **state,
+        )
+
+    def reset(self, keep: Keep) -> Self:
+        """Drop the statistics (``affine``), or the statistics and γ, β (``nothing``)."""
+        if keep == "function":
+            return self
+        kept = replace(
+            self,
+            trained=False,
+            running_mean=None if self.running_mean is None else torch.zeros_like(self.running_mean),
+            running_var=None if self.running_var is None else torch.ones_like(self.running_var),
+            num_batches_tracked=_zero(self.num_batches_tracked),
+        )
+        if keep == "affine":
+            return kept
+        return replace(
+            kept,
+            weight=_parameter_like(self.weight, torch.ones_like),
+            bias=_parameter_like(self.bias, torch.zeros_like),
+        )
+
+    @property
+    def factory(self) -> dict[str, Any]:
+        """The device and dtype of the layer, for the constructors of torch's layers."""
+        for tensor in (self.weight, self.bias, self.running_mean):
+            if tensor is not None:
+                return {"device": tensor.device, "dtype": tensor.dtype}
+        return {}
+
+    @property
+    def has_affine(self) -> bool:
+        """Whether the layer has a weight or a bias."""
+        return self.weight is not None or self.bias is not None
+
+    @property
+    def needs_affine(self) -> bool:
+        """Whether a method that folds statistics needs a weight and a bias of its own."""
+        return self.has_affine or self.trained
+
+    @property
+    def trainable(self) -> bool:
+        """Whether parameters that the new method adds should be trained: not inside a frozen layer."""
+        parts = [part for part in (self.weight, self.bias) if part is not None]
+        return not parts or any(part.requires_grad for part in parts)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Return μ and σ² in double precision; 0 and 1 where the layer has none."""
+        if self.running_mean is None or self.running_var is None:
+            zeros = torch.zeros(self.channels, dtype=torch.float64, device=self.factory.get("device"))
+            return zeros, zeros + 1
+        return self.running_mean.detach().double(), self.running_var.detach().double()
+
+    def carry(self, layer: nn.Module) -> None:
+        """Give ``layer`` the very γ and β of this one: the same Parameters, shared and trained as before."""
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+            layer.register_parameter(name, tensor)
+
+    def fold(self, layer: nn.Module, mean: Tensor, variance: Tensor) -> None:
+        """Give ``layer`` the γ', β' that keep the function where its statistics are ``mean``, ``variance``.
+
+        With s = γ / √(σ² + eps): γ' = s √(variance + eps), β' = β + s (mean − μ). An untrained layer has
+        nothing to fold and is carried as it is.
+
+        Args:
+            layer: the new layer; its parameters are replaced.
+            mean: the expected mean per channel, shape (C,) or scalar, double precision.
+            variance: the expected variance per channel, likewise.
+
+        """
+        if not self.trained:
+            self.carry(layer)
+            return
+        mu, var = self.statistics()
+        gamma = torch.ones_like(mu) if self.weight is None else self.weight.detach().double()
+        beta = torch.zeros_like(mu) if self.bias is None else self.bias.detach().double()
+        scale = gamma / (var + self.eps).sqrt()
+        folded = {
+            "weight": (scale * (variance + self.eps).sqrt(), self.weight),
+            "bias": (beta + scale * (mean - mu), self.bias),
+        }
+        for name, (value, old) in folded.items():
+            trainable = self.trainable if old is None else old.requires_grad
+            layer.register_parameter(name, nn.Parameter(value.to(**self.factory), requires_grad=trainable))
+
+
+_STATE_NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def _zero(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else torch.zeros_like(tensor)
+
+
+def _parameter_like(tensor: Tensor | None, make: Any) -> Tensor | None:
+    if tensor is None:
+        return None
+    fresh = make(tensor, requires_grad=False)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+    return torch.as_tensor(fresh)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A normalization method with its options.
+
+    A subclass is a frozen dataclass whose fields are the options (``int``, ``float``, ``bool`` or a
+    ``Literal`` of bare words; ``| None`` for one that is resolved per site). Its spelling, ``str(method)``,
+    is ``name`` or ``name(option=value, ...)`` and is read back by ``parse_method``.
+
+    Attributes:
+        name: the method's spelling without options.
+        title: its name in the literature.
+        citation: where it comes from.
+        batch_independent: whether a sample's output never depends on the other samples, in train mode too.
+
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    citation: ClassVar[str]
+    batch_independent: ClassVar[bool]
+    #: Whether the Parameters γ and β go on living in the new layer, unchanged (so that they may be tied).
+    carries_parameters: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for option, hint in _options(type(self)).items():
+            value = getattr(self, option)
+            if not _fits(value, hint):
+                raise MethodError(f"{self.name}({option}={value!r}): {option} must be {_describe(hint)}")
+            if isinstance(value, int) and float in (hint, *get_args(hint)) and not isinstance(value, bool):
+                object.__setattr__(self, option, float(value))
+        self.validate()
+
+    def validate(self) -> None:  # noqa: B027 (most methods have nothing to check)
+        """Check what the types of the options cannot say; raise ``MethodError``."""
+
+    @property
+    @abstractmethod
+    def exact(self) -> bool:
+        """Whether the eval-mode function of a trained BatchNorm is kept exactly."""
+
+    def resolve(self, site: NormSite) -> Method:
+        """Return this method with every option that depends on the site filled in."""
+        return self
+
+    def refusal(self, site: NormSite) -> Refusal | None:
+        """Return why the method cannot stand at ``site``, or None."""
+        return None
+
+    def notes(self, site: NormSite) -> tuple[str, ...]:
+        """Return what a user should know about the method at ``site``."""
+        return ()
+
+    @abstractmethod
+    def build(self, site: NormSite, old: TrainedNorm, producer: nn.Module | None = None) -> Built:
+        """Return the layer that replaces ``old``, initialised from it.
+
+        Args:
+            site: where the layer will stand; the method is resolved for it and does not refuse it.
+            old: the trained BatchNorm's numbers.
+            producer: the layer that feeds the site, for methods that rewrite weights.
+
+        """
+
+    def refuse(self, site: NormSite, reason: str, remedy: str) -> Refusal:
+        """Return a refusal of this method at ``site``."""
+        return Refusal(site.path, str(self), reason, remedy)
+
+    def __str__(self) -> str:
+        options = [
+            f"{field.name}={_spell(getattr(self, field.name))}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+
+@cache
+def _options(method: type[Method]) -> dict[str, Any]:
+    hints = get_type_hints(method)
+    return {field.name: hints[field.name] for field in fields(method)}
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if get_args(hint) and not _is_literal(hint):
+        return any(_fits(value, part) for part in get_args(hint))
+    if _is_literal(hint):
+        return isinstance(value, str) and value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _is_literal(hint: Any) -> bool:
+    return bool(get_args(hint)) and all(isinstance(word, str) for word in get_args(hint))
+
+
+def _describe(hint: Any) -> str:
+    if _is_literal(hint):
+        return " or ".join(get_args(hint))
+    parts = [part for part in get_args(hint) or (hint,) if part is not type(None)]
+    words = {int: "a whole number", float: "a number", bool: "true or false"}
+    return " or ".join(words[part] for part in parts)
+
+
+def _spell(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class ElementGuard:
+    """A forward pre-hook that names the site where a layer gets one element to normalize over.
+
+    Torch's layers return a constant or read (N, C) as unbatched there. Registered only where the input's
+    shape was not known when the model was converted.
+    """
+
+    def __init__(self, site: str, method: str, channels_per_group: int) -> None:
+        self.site = site
+        self.method = method
+        self.channels_per_group = channels_per_group
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Check the shape of the layer's input.
+
+        Raises:
+            ShapeError: there is one element per group.
+
+        """
+        shape = inputs[0].shape
+        if self.channels_per_group * shape[2:].numel() == 1:
+            raise ShapeError(
+                f"{self.site}: {self.method} got an input of shape {tuple(shape)}, one element per group, "
+                "whose output would be constant; choose layer, group or frozen for this site "
+                "(plan(model, ..., inputs=example) would have refused it)"
+            )

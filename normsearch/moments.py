@@ -1,0 +1,108 @@
+"""Per-(sample, channel) moments, the affine they lead to, and how moments of larger sets follow from them.
+
+Every activation normalization here is y = (x − m)·scale + shift, where m and v are the mean and the biased
+variance of each (sample, channel) over the spatial elements and (scale, shift) follow from them by a small
+rule. The rule sees tensors of shape (N, C) only, so its cost does not grow with the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+
+#: (mean, variance) of shape (N, C) to (scale, shift) that broadcast to (N, C), and anything to hand back.
+Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]]
+
+
+def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
+    """Normalize ``x`` by its per-(sample, channel) moments.
+
+    Args:
+        x: input of shape (N, C, *spatial); (N, C) counts as one spatial element.
+        rule: maps the moments to scale, shift and anything to hand back.
+
+    Returns:
+        y = (x − m)·scale + shift in the dtype of ``x``, and what the rule handed back. Half-precision
+        inputs are computed in single precision.
+
+    """
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    spatial = tuple(range(2, x.dim()))
+    if spatial:
+        kept = wide.mean(spatial, keepdim=True)
+        centred = wide - kept
+        # The centred form keeps its digits where the mean is a thousand standard deviations.
+        mean, variance = kept.flatten(1), centred.square().mean(spatial)
+    else:
+        centred, mean, variance = torch.zeros_like(wide), wide, torch.zeros_like(wide)
+    scale, shift, extra = rule(mean, variance)
+    shape = (*mean.shape, *(1 for _ in spatial))
+    scale, shift = (part.expand_as(mean).reshape(shape) for part in (scale, shift))
+    return (centred * scale + shift).to(x.dtype), extra
+
+
+def group_moments(mean: Tensor, variance: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Moments over (C/groups, spatial) of each sample, repeated to (N, C).
+
+    μ_g = mean_c m, σ_g² = mean_c v + mean_c (m − μ_g)².
+    """
+    n, channels = mean.shape
+    size = channels // groups
+    m, v = mean.reshape(n, groups, size), variance.reshape(n, groups, size)
+    centre = m.mean(2, keepdim=True)
+    spread = v.mean(2, keepdim=True) + (m - centre).square().mean(2, keepdim=True)
+    return (
+        centre.expand(-1, -1, size).reshape(n, channels),
+        spread.expand(-1, -1, size).reshape(n, channels),
+    )
+
+
+def batch_moments(
+    mean: Tensor, variance: Tensor, *, synchronized: bool = False, process_group: Any = None
+) -> tuple[Tensor, Tensor, int]:
+    """Moments over (N, spatial) of each channel, shape (C,), and the number of samples they are taken over.
+
+    Args:
+        mean: per-(sample, channel) means, shape (N, C).
+        variance: per-(sample, channel) variances, shape (N, C).
+        synchronized: take them over every process of the group, as SyncBatchNorm does.
+        process_group: the group; None is the default one.
+
+    """
+    count = mean.shape[0]
+    shared = synchronized and dist.is_available() and dist.is_initialized()
+    if shared and dist.get_world_size(process_group) > 1:
+        total = torch.tensor([count], device=mean.device)
+        dist.all_reduce(total, group=process_group)
+        count = int(total)
+        centre = _SumOverProcesses.apply(mean.sum(0), process_group) / count
+        spread = (variance + (mean - centre).square()).sum(0)
+        return centre, _SumOverProcesses.apply(spread, process_group) / count, count
+    centre = mean.mean(0)
+    return centre, (variance + (mean - centre).square()).mean(0), count
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over the processes of a group; so is its gradient."""
+
+    @staticmethod
+    def forward(x: Tensor, process_group: Any) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        ctx.process_group = inputs[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.process_group)
+        return total, None

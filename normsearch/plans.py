@@ -1,0 +1,327 @@
+"""Plan: which method stands at which site; ``plan`` and ``explain`` make one from what a user asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from normsearch.compatibility import model_notes, refused_wrappers
+from normsearch.errors import PlanError, RefusedError
+from normsearch.methods import METHODS, Method, Refusal, parse_method
+from normsearch.sites import NormSite, analyse
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: What ``to`` may be: a spelling, a method, an order of preference, or glob patterns of paths to these.
+Choice = str | Method | Sequence[str | Method]
+To = Choice | Mapping[str, Choice]
+Where = Callable[[NormSite], bool]
+
+_BATCH = METHODS["batch"]()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is decided for one site.
+
+    Attributes:
+        site: the site.
+        method: the method that will stand there, every option resolved; None where all were refused.
+        refusals: why each method that was asked for before it cannot stand there.
+        notes: what a user should know.
+
+    """
+
+    site: NormSite
+    method: Method | None
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a plan would do at every site, refusals included; nothing is raised.
+
+    Attributes:
+        rows: one per site.
+        notes: what concerns the model as a whole.
+
+    """
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """The refusals that stand in the way of a plan: those of sites left without a method."""
+        return tuple(refusal for row in self.rows if row.method is None for refusal in row.refusals)
+
+    def to_json(self) -> str:
+        """Return the table as JSON."""
+        rows = [
+            {
+                "site": asdict(row.site),
+                "method": None if row.method is None else str(row.method),
+                "exact": None if row.method is None else row.method.exact,
+                "refusals": [asdict(refusal) for refusal in row.refusals],
+                "notes": row.notes,
+            }
+            for row in self.rows
+        ]
+        return json.dumps({"rows": rows, "notes": self.notes}, indent=2)
+
+    def __rich__(self) -> Table:
+        return _table(self.rows, self.notes)
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Method]):
+    """A method for every site of a model: the record of what is, or was, changed.
+
+    A mapping from site path to ``Method`` with every option resolved; ``batch`` sites stay as they are.
+    ``Plan.from_json(plan.to_json()) == plan``.
+
+    Attributes:
+        rows: one per site, in the model's order, each with its method.
+        notes: what concerns the model as a whole.
+
+    Example:
+        >>> import torch, normsearch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32))
+        >>> dict(normsearch.plan(model, "group"))
+        {'1': Group(groups=2)}
+
+    """
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sites(self) -> tuple[NormSite, ...]:
+        """The sites, in the model's order."""
+        return tuple(row.site for row in self.rows)
+
+    @property
+    def changes(self) -> tuple[tuple[NormSite, Method], ...]:
+        """The sites that get another layer, each with its method."""
+        return tuple((row.site, self[row.site.path]) for row in self.rows if row.method != _BATCH)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the eval-mode function is kept exactly at every site."""
+        return all(method.exact for method in self.values())
+
+    @property
+    def batch_independent(self) -> bool:
+        """Whether no sample's output will depend on the other samples, in train mode too."""
+        return all(method.batch_independent for method in self.values())
+
+    def __getitem__(self, path: str) -> Method:
+        for row in self.rows:
+            if row.site.path == path and row.method is not None:
+                return row.method
+        raise KeyError(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.site.path for row in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON; ``from_json`` reads it back."""
+        rows = [
+            {"site": asdict(row.site), "method": str(row.method), "notes": row.notes} for row in self.rows
+        ]
+        return json.dumps({"rows": rows, "notes": self.notes}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Read a plan written by ``to_json``; the text may come from anywhere and is validated.
+
+        Raises:
+            PlanError: not JSON, or not a plan.
+            MethodError: a method's spelling is not valid.
+
+        """
+        # pydantic takes a third of a second to import: only where something is read from outside.
+        from normsearch.documents import read_plan
+
+        rows, notes = read_plan(text)
+        return cls(tuple(Row(site, parse_method(spelling), (), row) for site, spelling, row in rows), notes)
+
+    def __rich__(self) -> Table:
+        return _table(self.rows, self.notes)
+
+
+def explain(model: nn.Module, to: To, *, inputs: Any = None, where: Where | None = None) -> Explanation:
+    """Return what ``plan`` would decide for every site, with every refusal, without raising for them.
+
+    Args:
+        model: the model.
+        to: as for ``plan``.
+        inputs: as for ``plan``.
+        where: as for ``plan``.
+
+    Raises:
+        PlanError: the model has no normalization site, or a pattern matches none.
+        MethodError: a spelling is not valid.
+        ModelError: the model fails on ``inputs``.
+
+    """
+    patterns = _patterns(to)
+    refused_wrappers(model)
+    sites = analyse(model, inputs, dataflow=False)
+    if not sites:
+        raise PlanError(
+            f"{type(model).__name__} has no BatchNorm layer: there is nothing to convert; "
+            "find_sites(model) lists what normsearch sees"
+        )
+    unused = [pattern for pattern in patterns if not any(_matches(pattern, site) for site in sites)]
+    if unused:
+        raise PlanError(
+            f"no site matches {', '.join(map(repr, unused))}; paths look like {sites[0].path!r} "
+            f"and {sites[-1].path!r}, and * matches any text, dots included"
+        )
+    rows = tuple(_decide(site, patterns, where) for site in sites)
+    return Explanation(rows, model_notes(model, [row.site for row in rows if row.method != _BATCH]))
+
+
+def plan(model: nn.Module, to: To, *, inputs: Any = None, where: Where | None = None) -> Plan:
+    """Decide which method stands at which site.
+
+    Args:
+        model: any nn.Module.
+        to: a method or its spelling (``"group(groups=8)"``); a list of them in order of preference, of
+            which each site gets the first that does not refuse it; or a mapping from glob patterns of
+            site paths to these, of which the first that matches counts. Sites that no pattern matches
+            stay ``batch``.
+        inputs: one forward pass's inputs, which tell shapes: instance norm can then refuse 1×1 maps now
+            instead of at run time.
+        where: keeps every site ``batch`` for which it returns False.
+
+    Raises:
+        RefusedError: a method cannot stand at a site; every refusal is in ``.refusals``.
+        PlanError: the model has no normalization site, or a pattern matches none.
+        MethodError: a spelling is not valid.
+        ModelError: the model fails on ``inputs``.
+
+    Example:
+        >>> import torch, normsearch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32))
+        >>> normsearch.plan(model, {"1": ["instance", "group"]}, inputs=torch.randn(1, 3, 3, 3))["1"]
+        Group(groups=2)
+
+    """
+    explanation = explain(model, to, inputs=inputs, where=where)
+    if explanation.refusals:
+        raise RefusedError(explanation.refusals)
+    return Plan(
+        tuple(Row(row.site, row.method, (), row.notes) for row in explanation.rows), explanation.notes
+    )
+
+
+def _patterns(to: To) -> dict[str, tuple[Method, ...]]:
+    if isinstance(to, Mapping):
+        if not to:
+            raise PlanError("the mapping of patterns to methods is empty; give at least {'*': method}")
+        return {pattern: _methods(choice) for pattern, choice in to.items()}
+    return {"*": _methods(to)}
+
+
+def _methods(choice: Choice) -> tuple[Method, ...]:
+    if isinstance(choice, str | Method):
+        choice = [choice]
+    if not isinstance(choice, Sequence) or not choice:
+        raise PlanError(
+            f"expected a method, its spelling, a list of them, or a mapping from path patterns to them; "
+            f"got {choice!r}"
+        )
+    found = []
+    for one in choice:
+        if not isinstance(one, str | Method):
+            raise PlanError(f"expected a method or its spelling, got {one!r}")
+        found.append(one if isinstance(one, Method) else parse_method(one))
+    return tuple(found)
+
+
+def _matches(pattern: str, site: NormSite) -> bool:
+    return any(fnmatchcase(path, pattern) for path in (site.path, *site.aliases))
+
+
+def _decide(site: NormSite, patterns: Mapping[str, tuple[Method, ...]], where: Where | None) -> Row:
+    methods = next((methods for pattern, methods in patterns.items() if _matches(pattern, site)), (_BATCH,))
+    if where is not None and not where(site):
+        methods = (_BATCH,)
+    refusals: list[Refusal] = []
+    for method in methods:
+        refusal = refusal_at(site, method)
+        if refusal is None:
+            return Row(site, method.resolve(site), tuple(refusals), method.notes(site))
+        refusals.append(refusal)
+    return Row(site, None, tuple(refusals))
+
+
+def refusal_at(site: NormSite, method: Method) -> Refusal | None:
+    """Return why ``method`` cannot stand at ``site``: for what the site is, or by the method's own rule."""
+    if method == _BATCH:
+        return None
+    return _site_refusal(site, method) or method.refusal(site)
+
+
+_REMEDY = {
+    "lazy": ("its number of channels is not known yet", "run one forward pass first, or give inputs="),
+    "parametrized": (
+        "its weight is parametrized",
+        "call torch.nn.utils.parametrize.remove_parametrizations first, or leave it out with where=",
+    ),
+    "scripted": ("it is compiled TorchScript", "convert the nn.Module and script the result"),
+    "custom": (
+        "",
+        "leave it out with where=lambda site: site.kind != 'custom', or replace it by torch's layer",
+    ),
+    "functional": (
+        "",
+        "leave it out with where=lambda site: site.kind != 'functional', or make it a BatchNorm layer",
+    ),
+}
+
+
+def _site_refusal(site: NormSite, method: Method) -> Refusal | None:
+    if site.kind in _REMEDY:
+        reason, remedy = _REMEDY[site.kind]
+        return method.refuse(site, site.detail or reason, remedy)
+    if site.tied and not method.carries_parameters:
+        return method.refuse(
+            site,
+            f"its weight or bias is also {', '.join(site.tied)}, which folding statistics would untie",
+            "untie them first, or choose batch_renorm, batch_instance or frozen",
+        )
+    return None
+
+
+def _table(rows: Sequence[Row], notes: Sequence[str]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{len(rows)} sites", caption=escape("\n".join(notes)) or None)
+    for column in ("site", "layer", "channels", "method", "eval function", "notes"):
+        table.add_column(column, overflow="fold", justify="right" if column == "channels" else "left")
+    for row in rows:
+        said = [f"{refusal.method}: {refusal.reason}; {refusal.remedy}" for refusal in row.refusals]
+        method = row.method
+        table.add_row(
+            escape(row.site.path or "(model)"),
+            escape(row.site.layer.rpartition(".")[2]),
+            str(row.site.channels or "?"),
+            "refused" if method is None else escape(str(method)),
+            "" if method is None else "exact" if method.exact else "approximate",
+            escape("\n".join((*row.notes, *said))),
+        )
+    return table

@@ -1,0 +1,271 @@
+"""NormSite and find_sites: where a model normalizes, found without changing or tracing it first."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normsearch.dataflow import Producer, find_producers
+from normsearch.errors import ModelError
+from normsearch.forward import unwrapped
+from normsearch.functional import FunctionalCall, find_functional_calls
+from normsearch.observation import Observation, observe
+
+Kind = Literal["batch", "sync", "frozen", "lazy", "custom", "parametrized", "scripted", "functional"]
+
+#: The forward methods whose meaning is known, by the class that defines them.
+_FORWARDS: dict[str, Kind] = {
+    "torch.nn.modules.batchnorm._BatchNorm.forward": "batch",
+    "torch.nn.modules.batchnorm.SyncBatchNorm.forward": "sync",
+    "torchvision.ops.misc.FrozenBatchNorm2d.forward": "frozen",
+    "timm.layers.norm_act.BatchNormAct2d.forward": "batch",
+    "timm.layers.norm_act.SyncBatchNormAct.forward": "sync",
+    "timm.layers.norm_act.FrozenBatchNormAct2d.forward": "frozen",
+}
+_STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+_RANKS: dict[type[_BatchNorm], tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3),
+    nn.BatchNorm2d: (4,),
+    nn.BatchNorm3d: (5,),
+}
+_ANY_RANK = (2, 3, 4, 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSite:
+    """One place where a model normalizes, as plain data (no module inside; JSON-ready through ``asdict``).
+
+    Attributes:
+        path: the module's path as in ``named_modules()``; a functional call is ``owner:batch_norm``.
+        kind: ``batch``, ``sync`` or ``frozen`` can be converted; ``lazy`` after one forward pass; ``custom``
+            (a forward or state of its own), ``parametrized``, ``scripted`` and ``functional`` are reported.
+        layer: the class that stands there, with its module.
+        channels: number of channels C; None where it is not known yet.
+        eps: the constant added to the variance.
+        momentum: the running statistics' step; None means a cumulative average.
+        affine: whether it has a weight or a bias.
+        track_running_stats: whether it has running statistics.
+        trained: whether its statistics were ever updated; None where they cannot be read (meta device).
+        ranks: the numbers of input dimensions the layer accepts.
+        input_shapes: the distinct input shapes seen in a forward pass, in order.
+        calls: how often one forward pass calls it; None when no inputs were given.
+        producer: the convolution or linear layer that feeds it.
+        aliases: further paths of the same module.
+        activation: the activation it carries inside (timm's norm + act layers).
+        tied: full names of parameters elsewhere that are the same object as its weight or bias.
+        detail: why a reported site cannot be converted.
+
+    Example:
+        >>> import torch, normsearch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> [(site.path, site.channels) for site in normsearch.find_sites(model)]
+        [('1', 8)]
+
+    """
+
+    path: str
+    kind: Kind
+    layer: str
+    channels: int | None
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+    trained: bool | None
+    ranks: tuple[int, ...]
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    calls: int | None = None
+    producer: Producer | None = None
+    aliases: tuple[str, ...] = ()
+    activation: str | None = None
+    tied: tuple[str, ...] = ()
+    detail: str | None = None
+
+    @property
+    def fewest_elements(self) -> int | None:
+        """The smallest number of spatial elements seen per sample and channel; None without a shape."""
+        return min((math.prod(shape[2:]) for shape in self.input_shapes), default=None)
+
+
+def find_sites(model: nn.Module, inputs: Any = None) -> tuple[NormSite, ...]:
+    """Find every BatchNorm layer of a model, in the order of ``named_modules()``.
+
+    Modules are walked, so nothing needs to be traceable. Where torch.fx can trace the model, each site
+    names the convolution or linear layer that feeds it, and ``F.batch_norm`` calls are found. With
+    ``inputs``, one forward pass in eval mode adds shapes and call counts. The model is left as it was.
+
+    Args:
+        model: any nn.Module; wrappers (DataParallel, a compiled model) keep their prefix in the paths.
+        inputs: one forward pass's inputs: a tuple is ``*args``, a dict ``**kwargs``, anything else
+            (a list too) one argument.
+
+    Raises:
+        ModelError: ``model`` is no module, or fails on ``inputs``.
+
+    """
+    return analyse(model, inputs, dataflow=True)
+
+
+def analyse(model: nn.Module, inputs: Any, *, dataflow: bool) -> tuple[NormSite, ...]:
+    """Do what ``find_sites`` says; the trace for dataflow, the slow part, only where it is asked for."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
+    sites = list(_walk(model))
+    modules = {site.path: model.get_submodule(site.path) for site in sites}
+    lazy = any(site.kind == "lazy" for site in sites)
+    observation = Observation()
+    if inputs is not None:
+        # A forward pass initialises lazy layers, so it runs on a copy of such a model.
+        subject = copy.deepcopy(model) if lazy else model
+        watched = {path: subject.get_submodule(path) for path in modules}
+        observation = observe(unwrapped(subject)[0], inputs, watched)
+        sites = [_with_observation(site, observation) for site in sites]
+    inner, prefix = unwrapped(model)
+    calls = find_functional_calls(inner, prefix, modules.values(), observation)
+    if dataflow and not lazy:
+        producers = find_producers(inner, prefix, modules, observation)
+        sites = [replace(site, producer=producers.get(site.path)) for site in sites]
+    return (*sites, *(_functional_site(call) for call in calls))
+
+
+def _walk(model: nn.Module) -> Iterator[NormSite]:
+    paths: dict[int, list[str]] = defaultdict(list)
+    found: dict[int, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if _kind(module) is None:
+            continue
+        found[id(module)] = module
+        paths[id(module)].append(path)
+    owners: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    if found:
+        for path, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    owners[id(parameter)].append((id(module), f"{path}.{name}" if path else name))
+    for key, module in found.items():
+        tied = tuple(
+            name
+            for parameter in module._parameters.values()
+            if parameter is not None
+            for owner, name in owners[id(parameter)]
+            if owner != key
+        )
+        first, *aliases = paths[key]
+        yield _site(module, first, tuple(aliases), tied)
+
+
+def _kind(module: nn.Module) -> Kind | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted" if "BatchNorm" in getattr(module, "original_name", "") else None
+    forward = type(module).forward
+    kind = _FORWARDS.get(f"{forward.__module__}.{getattr(forward, '__qualname__', '')}")
+    if kind is None and not isinstance(module, _BatchNorm):
+        return None
+    if nn.utils.parametrize.is_parametrized(module):
+        return "parametrized"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "lazy"
+    if kind is None or "forward" in vars(module) or _own_state(module):
+        return "custom"
+    return kind
+
+
+def _own_state(module: nn.Module) -> set[str]:
+    return (set(module._parameters) | set(module._buffers)) - _STATE
+
+
+def _site(module: nn.Module, path: str, aliases: tuple[str, ...], tied: tuple[str, ...]) -> NormSite:
+    kind = _kind(module)
+    assert kind is not None
+    name = type(module).__name__
+    detail = None
+    if kind == "custom":
+        own = _own_state(module)
+        what = f"state of its own ({', '.join(sorted(own))})" if own else "a forward method of its own"
+        detail = f"{name} has {what}, whose meaning is not known"
+    mean = getattr(module, "running_mean", None)
+    activation = getattr(module, "act", None)
+    unknown = kind in ("lazy", "scripted")
+    return NormSite(
+        path=path,
+        kind=kind,
+        layer=f"{type(module).__module__}.{name}",
+        channels=None if unknown else _channels(module),
+        eps=float(getattr(module, "eps", 1e-5)),
+        momentum=getattr(module, "momentum", 0.1) if kind != "frozen" else 0.0,
+        affine=any(getattr(module, key, None) is not None for key in ("weight", "bias")),
+        track_running_stats=mean is not None,
+        trained=False
+        if kind == "lazy"
+        else None
+        if unknown
+        else is_trained(
+            mean, getattr(module, "running_var", None), getattr(module, "num_batches_tracked", None)
+        ),
+        ranks=_ranks(module),
+        aliases=aliases,
+        tied=tied,
+        activation=None if activation is None else type(activation).__name__,
+        detail=detail,
+    )
+
+
+def is_trained(mean: Tensor | None, variance: Tensor | None, batches: Tensor | None) -> bool | None:
+    """Tell whether running statistics were ever updated; None on the meta device.
+
+    A counter at 0 is no proof: some trained networks have momentum 0 or were written without one.
+    """
+    if mean is None or variance is None:
+        return False
+    if mean.is_meta:
+        return None
+    if batches is not None and int(batches) > 0:
+        return True
+    return bool((mean != 0).any() or (variance != 1).any())
+
+
+def _channels(module: nn.Module) -> int | None:
+    for name in ("running_mean", "weight", "bias"):
+        tensor = getattr(module, name, None)
+        if tensor is not None:
+            return int(tensor.shape[0])
+    count = getattr(module, "num_features", None)
+    return None if count is None else int(count)
+
+
+def _ranks(module: nn.Module) -> tuple[int, ...]:
+    for layer, ranks in _RANKS.items():
+        if isinstance(module, layer) and type(module)._check_input_dim is layer._check_input_dim:
+            return ranks
+    return (4,) if "Frozen" in type(module).__name__ else _ANY_RANK
+
+
+def _with_observation(site: NormSite, observation: Observation) -> NormSite:
+    shapes = tuple(dict.fromkeys(observation.shapes.get(site.path, ())))
+    return replace(site, input_shapes=shapes, calls=len(observation.shapes.get(site.path, ())))
+
+
+def _functional_site(call: FunctionalCall) -> NormSite:
+    return NormSite(
+        path=call.path,
+        kind="functional",
+        layer="torch.nn.functional.batch_norm",
+        channels=call.shape[1] if call.shape else None,
+        eps=call.eps,
+        momentum=None,
+        affine=False,
+        track_running_stats=False,
+        trained=None,
+        ranks=_ANY_RANK,
+        input_shapes=(call.shape,) if call.shape else (),
+        calls=call.calls,
+        detail=f"{call.owner} calls F.batch_norm itself",
+    )

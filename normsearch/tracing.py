@@ -1,0 +1,50 @@
+"""The fx tracer: normalization layers and weighted layers stay leaves, whatever package they come from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from normsearch.forward import evaluating
+
+#: Types whose weight can feed a normalization; subclasses (StdConv2d, Conv2dSame) too.
+WEIGHTED = (_ConvNd, nn.Linear)
+
+
+class SiteTracer(fx.Tracer):
+    """Trace a model without entering the given modules, convolutions or linear layers.
+
+    torch.fx enters every module from outside ``torch.nn``: a fused norm + activation layer would come out
+    as a bare ``F.batch_norm`` call, and a weight-standardized convolution as two.
+    """
+
+    def __init__(self, leaves: Collection[nn.Module]) -> None:
+        super().__init__()
+        self._leaves = {id(module) for module in leaves}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Stop at the given modules, at weighted layers and where torch.fx stops by itself."""
+        return (
+            id(m) in self._leaves
+            or isinstance(m, WEIGHTED)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+
+def trace(model: nn.Module, leaves: Collection[nn.Module]) -> fx.Graph | str:
+    """Return the eval-mode graph of ``model``, or why it has none.
+
+    A failure is an answer here, not an error: a sixth of real models cannot be traced, and nothing that
+    normsearch promises for all models depends on it.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model.graph
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return SiteTracer(leaves).trace(model)
+        except Exception as error:
+            return f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
