@@ -158,7 +158,7 @@ class _Sums:
     def _add_logits(self, old: Tensor, new: Tensor) -> None:
         if old.dim() < 2:
             raise ModelError(
-                f"logits=True needs outputs (N, classes, ...), got {tuple(old.shape)}; pick them with outputs="
+                f"logits=True needs outputs (N, classes, ...), got {tuple(old.shape)}; pick with outputs="
             )
         p, q = old.log_softmax(1), new.log_softmax(1)
         self._divergence += float((p.exp() * (p - q)).sum())

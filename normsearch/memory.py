@@ -22,13 +22,14 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        return int(torch.cuda.max_memory_allocated(device)) - before
-    with _LiveStorages() as live:
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    live = _LiveStorages()
+    with live:
         run()
     return live.peak
 
 
-class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _LiveStorages(TorchDispatchMode):
     """Follow the storages that operations return until they are freed."""
 
     def __init__(self) -> None:

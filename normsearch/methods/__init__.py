@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from types import MappingProxyType
 
 from normsearch.errors import MethodError
@@ -67,7 +68,7 @@ def parse_method(spelling: str) -> Method:
     if name not in METHODS:
         raise MethodError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     method = METHODS[name]
-    known = list(method.__dataclass_fields__)
+    known = [field.name for field in fields(method)]
     options: dict[str, int | float | bool | str] = {}
     for part in (inside or "").split(",") if (inside or "").strip() else ():
         option = _OPTION.fullmatch(part)
@@ -75,8 +76,8 @@ def parse_method(spelling: str) -> Method:
             raise MethodError(f"cannot read {part.strip()!r} in {spelling!r}: write option=value")
         key, value = option.groups()
         if key not in known:
-            has = f"has {', '.join(known)}" if known else "has no options"
-            raise MethodError(f"{name} has no option {key!r}: it {has}")
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise MethodError(f"{name} has no option {key!r}: {has}")
         if key in options:
             raise MethodError(f"{spelling!r} gives {key} twice")
         options[key] = _value(value)

@@ -1,0 +1,157 @@
+"""Slow, obvious implementations: loops over samples and channels in double precision.
+
+One function per method: ``reference(x, state, eps, training)`` returns the output of the layer that the
+method builds. ``state`` holds the layer's parameters and buffers by name as before the forward pass. Adding
+a method means adding its function here; the contract tests fail without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+Reference = Callable[[Tensor, State, float, bool], Tensor]
+
+
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of everything in ``values``."""
+    mean = values.sum() / values.numel()
+    return mean, ((values - mean) ** 2).sum() / values.numel()
+
+
+def assemble(x: Tensor, entry: Callable[[int, int], Tensor]) -> Tensor:
+    """Build an output of x's shape from entry(n, c)."""
+    rows = [torch.stack([entry(n, c) for c in range(x.shape[1])]) for n in range(x.shape[0])]
+    return torch.stack(rows)
+
+
+def affine(state: State, c: int, value: Tensor) -> Tensor:
+    """γ_c value + β_c."""
+    weight, bias = state.get("weight"), state.get("bias")
+    scaled = value if weight is None else weight[c] * value
+    return scaled if bias is None else scaled + bias[c]
+
+
+def batch_statistics(x: Tensor, state: State, c: int, training: bool) -> tuple[Tensor, Tensor]:
+    """The batch's in training, or without running statistics; else the running ones."""
+    if training or state.get("running_mean") is None:
+        return moments(x[:, c])
+    return state["running_mean"][c], state["running_var"][c]
+
+
+def batch(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+    def entry(n: int, c: int) -> Tensor:
+        mean, variance = batch_statistics(x, state, c, training)
+        return affine(state, c, (x[n, c] - mean) / (variance + eps).sqrt())
+
+    return assemble(x, entry)
+
+
+def frozen(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+    return batch(x, state, eps, False)
+
+
+def group_of(groups: int) -> Reference:
+    def group(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+        size = x.shape[1] // groups
+
+        def entry(n: int, c: int) -> Tensor:
+            first = c // size * size
+            mean, variance = moments(x[n, first : first + size])
+            return affine(state, c, (x[n, c] - mean) / (variance + eps).sqrt())
+
+        return assemble(x, entry)
+
+    return group
+
+
+def channel_layer(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+    flat = x.reshape(*x.shape[:2], -1)
+    normalized = torch.stack(
+        [
+            torch.stack(
+                [
+                    (flat[n, :, i] - moments(flat[n, :, i])[0]) / (moments(flat[n, :, i])[1] + eps).sqrt()
+                    for i in range(flat.shape[2])
+                ],
+                dim=1,
+            )
+            for n in range(x.shape[0])
+        ]
+    ).reshape(x.shape)
+    return assemble(x, lambda n, c: affine(state, c, normalized[n, c]))
+
+
+def rms(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+    def entry(n: int, c: int) -> Tensor:
+        mean_square = (x[n] ** 2).sum() / x[n].numel()
+        return affine(state, c, x[n, c] / (mean_square + eps).sqrt())
+
+    return assemble(x, entry)
+
+
+def instance(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+    return group_of(x.shape[1])(x, state, eps, training)
+
+
+def batch_renorm_with(r_max: float, d_max: float) -> Reference:
+    def batch_renorm(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+        if not training:
+            return batch(x, state, eps, False)
+
+        def entry(n: int, c: int) -> Tensor:
+            mean, variance = moments(x[:, c])
+            # r and d are constants: no gradient flows through them.
+            fixed_mean, fixed_sigma = mean.detach(), (variance.detach() + eps).sqrt()
+            sigma_batch = (variance + eps).sqrt()
+            sigma = (state["running_var"][c] + eps).sqrt()
+            r = min(max(float(fixed_sigma / sigma), 1 / r_max), r_max)
+            d = min(max(float((fixed_mean - state["running_mean"][c]) / sigma), -d_max), d_max)
+            return affine(state, c, (x[n, c] - mean) / sigma_batch * r + d)
+
+        return assemble(x, entry)
+
+    return batch_renorm
+
+
+def batch_instance(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+    def entry(n: int, c: int) -> Tensor:
+        batch_mean, batch_var = batch_statistics(x, state, c, training)
+        mean, variance = moments(x[n, c])
+        of_batch = (x[n, c] - batch_mean) / (batch_var + eps).sqrt()
+        of_instance = (x[n, c] - mean) / (variance + eps).sqrt()
+        rho = state["rho"][c].clamp(0, 1)
+        return affine(state, c, rho * of_batch + (1 - rho) * of_instance)
+
+    return assemble(x, entry)
+
+
+def switchable(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+    of_mean, of_var = state["mean_logits"].softmax(0), state["var_logits"].softmax(0)
+
+    def entry(n: int, c: int) -> Tensor:
+        parts = [moments(x[n, c]), moments(x[n]), batch_statistics(x, state, c, training)]
+        mean = sum(w * part[0] for w, part in zip(of_mean, parts, strict=True))
+        variance = sum(w * part[1] for w, part in zip(of_var, parts, strict=True))
+        return affine(state, c, (x[n, c] - mean) / (variance + eps).sqrt())
+
+    return assemble(x, entry)
+
+
+#: By the spelling of a method with its options resolved, for the sizes that the contract tests use.
+REFERENCES: Mapping[str, Reference] = {
+    "batch": batch,
+    "frozen": frozen,
+    "group(groups=2)": group_of(2),
+    "layer": group_of(1),
+    "layer(axes=channel)": channel_layer,
+    "rms": rms,
+    "instance": instance,
+    "batch_renorm": batch_renorm_with(3.0, 5.0),
+    "batch_renorm(r_max=1.0, d_max=0.0)": batch_renorm_with(1.0, 0.0),
+    "batch_instance": batch_instance,
+    "switchable": switchable,
+}
