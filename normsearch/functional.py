@@ -57,8 +57,9 @@ def _names_batch_norm(module: nn.Module) -> bool:
             node.op == "call_function" and node.target in _BATCH_NORMS and not _is_weight(node.args[0])
             for node in module.graph.nodes
         )
-    # A weighted layer that calls it standardizes its weight: not a site.
-    if isinstance(module, WEIGHTED) or type(module).__module__.startswith("torch.nn.modules"):
+    # A weighted layer that calls it standardizes its weight: not a site; nor are normsearch's own layers.
+    own = type(module).__module__.startswith(("torch.nn.modules.", "normsearch.methods."))
+    if own or isinstance(module, (torch.jit.ScriptModule, *WEIGHTED)):
         return False
     forward = type(module).forward
     return isinstance(forward, FunctionType) and _code_names_batch_norm(forward)

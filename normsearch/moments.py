@@ -87,6 +87,17 @@ def batch_moments(
     return centre, (variance + (mean - centre).square()).mean(0), count
 
 
+def batch_mean(x: Tensor, *, synchronized: bool = False, process_group: Any = None) -> Tensor:
+    """Mean per channel of (N, C, *spatial), shape (C,), in at least single precision."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    mean = wide.mean((0, *range(2, x.dim())))
+    if not (synchronized and dist.is_available() and dist.is_initialized()):
+        return mean
+    count = torch.tensor([float(x.shape[0])], device=x.device, dtype=mean.dtype)
+    total: Tensor = _SumOverProcesses.apply(torch.cat([mean * count, count]), process_group)
+    return total[:-1] / total[-1]
+
+
 class _SumOverProcesses(torch.autograd.Function):
     """Sum of a tensor over the processes of a group; so is its gradient."""
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from normsearch.forward import evaluating, try_call
+from normsearch.forward import evaluating, preserved, try_call
 from normsearch.tracing import WEIGHTED
 
 
@@ -81,7 +81,9 @@ def observe(model: nn.Module, inputs: Any, sites: Mapping[str, nn.Module]) -> Ob
     made: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     def enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inside = id(module) in names or (bool(mode.stack) and mode.stack[-1][2])
+        # normsearch's own layers may call F.batch_norm, as BatchRenorm does in eval.
+        own = id(module) in names or type(module).__module__.startswith("normsearch.methods.")
+        inside = own or (bool(mode.stack) and mode.stack[-1][2])
         mode.stack.append((path, module, inside))
         if id(module) not in names:
             return
@@ -112,6 +114,7 @@ def observe(model: nn.Module, inputs: Any, sites: Mapping[str, nn.Module]) -> Ob
             )
             stack.callback(first.remove)
             stack.callback(last.remove)
+        stack.enter_context(preserved(model))
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(mode)

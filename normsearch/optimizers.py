@@ -11,7 +11,7 @@ from normsearch.errors import PlanError
 
 
 def replace_parameters(
-    optimizer: torch.optim.Optimizer, model: nn.Module, pairs: Sequence[tuple[nn.Module, nn.Module]]
+    optimizer: torch.optim.Optimizer, pairs: Sequence[tuple[nn.Module, nn.Module]]
 ) -> None:
     """Put the parameters of new layers where those of the old ones stood.
 
@@ -20,17 +20,11 @@ def replace_parameters(
     first group where the old layer had none. Nothing is added for a layer that the optimizer did not train.
 
     Args:
-        optimizer: made for ``model``.
-        model: before its layers are replaced.
+        optimizer: of the model that the layers are in.
         pairs: old and new layers.
-
-    Raises:
-        PlanError: the optimizer holds no parameter of the model.
 
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in groups for parameter in model.parameters()):
-        raise PlanError("the optimizer holds no parameter of this model; give the one made for it")
     for old, new in pairs:
         before = {name: parameter for name, parameter in old._parameters.items() if parameter is not None}
         norm = new.get_submodule("norm") if isinstance(new, nn.Sequential) else new
@@ -39,9 +33,11 @@ def replace_parameters(
         if home is None and before:
             continue
         home = home or optimizer.param_groups[0]
+        living = {id(parameter) for parameter in after.values()}
+        held = {id(parameter) for parameter in before.values()}
+        after = {name: parameter for name, parameter in after.items() if id(parameter) not in held}
         for name, parameter in before.items():
-            if after.get(name) is parameter or id(parameter) not in groups:
-                after.pop(name, None)
+            if id(parameter) in living or id(parameter) not in groups:
                 continue
             optimizer.state.pop(parameter, None)
             members = groups[id(parameter)]["params"]
@@ -49,3 +45,27 @@ def replace_parameters(
             successor = after.pop(name, None)
             members[position : position + 1] = [] if successor is None else [successor]
         home["params"].extend(after.values())
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise a ``PlanError`` if the optimizer holds no parameter of the model."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise PlanError("the optimizer holds no parameter of this model; give the one made for it")
+
+
+def parameter_names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """The names that an optimizer made from ``named_parameters()`` knows its parameters by."""
+    return {
+        id(parameter): name
+        for group in optimizer.param_groups
+        for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False)
+    }
+
+
+def rename_parameters(optimizer: torch.optim.Optimizer, model: nn.Module, names: dict[int, str]) -> None:
+    """Bring ``param_names`` back into step with ``params`` after layers were replaced."""
+    names = {**names, **{id(parameter): name for name, parameter in model.named_parameters()}}
+    for group in optimizer.param_groups:
+        if "param_names" in group:
+            group["param_names"] = [names[id(parameter)] for parameter in group["params"]]

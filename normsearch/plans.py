@@ -12,6 +12,7 @@ from torch import nn
 
 from normsearch.compatibility import model_notes, refused_wrappers
 from normsearch.errors import PlanError, RefusedError
+from normsearch.forward import is_lazy, materialised
 from normsearch.methods import METHODS, Method, Refusal, parse_method
 from normsearch.sites import NormSite, analyse
 
@@ -160,7 +161,9 @@ class Plan(Mapping[str, Method]):
         return _table(self.rows, self.notes)
 
 
-def explain(model: nn.Module, to: To, *, inputs: Any = None, where: Where | None = None) -> Explanation:
+def explain(
+    model: nn.Module, to: To, *, inputs: Any = None, where: Where | None = None, weights: bool = False
+) -> Explanation:
     """Return what ``plan`` would decide for every site, with every refusal, without raising for them.
 
     Args:
@@ -168,6 +171,7 @@ def explain(model: nn.Module, to: To, *, inputs: Any = None, where: Where | None
         to: as for ``plan``.
         inputs: as for ``plan``.
         where: as for ``plan``.
+        weights: as for ``plan``.
 
     Raises:
         PlanError: the model has no normalization site, or a pattern matches none.
@@ -177,7 +181,10 @@ def explain(model: nn.Module, to: To, *, inputs: Any = None, where: Where | None
     """
     patterns = _patterns(to)
     refused_wrappers(model)
-    sites = analyse(model, inputs, dataflow=False)
+    if inputs is not None and is_lazy(model):
+        model = materialised(model, inputs)
+    dataflow = any(method.needs_producer for methods in patterns.values() for method in methods)
+    sites = analyse(model, inputs, dataflow=dataflow, weights=weights)
     if not sites:
         raise PlanError(
             f"{type(model).__name__} has no BatchNorm layer: there is nothing to convert; "
@@ -193,7 +200,9 @@ def explain(model: nn.Module, to: To, *, inputs: Any = None, where: Where | None
     return Explanation(rows, model_notes(model, [row.site for row in rows if row.method != _BATCH]))
 
 
-def plan(model: nn.Module, to: To, *, inputs: Any = None, where: Where | None = None) -> Plan:
+def plan(
+    model: nn.Module, to: To, *, inputs: Any = None, where: Where | None = None, weights: bool = False
+) -> Plan:
     """Decide which method stands at which site.
 
     Args:
@@ -205,6 +214,8 @@ def plan(model: nn.Module, to: To, *, inputs: Any = None, where: Where | None = 
         inputs: one forward pass's inputs, which tell shapes: instance norm can then refuse 1×1 maps now
             instead of at run time.
         where: keeps every site ``batch`` for which it returns False.
+        weights: include convolutions and linear layers that feed no BatchNorm, for ``weight`` and
+            ``spectral``.
 
     Raises:
         RefusedError: a method cannot stand at a site; every refusal is in ``.refusals``.
@@ -219,7 +230,7 @@ def plan(model: nn.Module, to: To, *, inputs: Any = None, where: Where | None = 
         Group(groups=2)
 
     """
-    explanation = explain(model, to, inputs=inputs, where=where)
+    explanation = explain(model, to, inputs=inputs, where=where, weights=weights)
     if explanation.refusals:
         raise RefusedError(explanation.refusals)
     return Plan(
@@ -297,6 +308,12 @@ def _site_refusal(site: NormSite, method: Method) -> Refusal | None:
     if site.kind in _REMEDY:
         reason, remedy = _REMEDY[site.kind]
         return method.refuse(site, site.detail or reason, remedy)
+    if site.kind == "weight" and not method.of_weights:
+        return method.refuse(
+            site,
+            "the layer has no BatchNorm, only a weight",
+            "choose weight or spectral, or leave it out with where=lambda site: site.kind != 'weight'",
+        )
     if site.tied and not method.carries_parameters:
         return method.refuse(
             site,

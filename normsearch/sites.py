@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,14 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from normsearch.dataflow import Producer, find_producers
+from normsearch.dataflow import Producer, find_producers, weight_as_site
 from normsearch.errors import ModelError
-from normsearch.forward import unwrapped
+from normsearch.forward import copied, unwrapped
 from normsearch.functional import FunctionalCall, find_functional_calls
 from normsearch.observation import Observation, observe
+from normsearch.reparametrization import out_channels
+from normsearch.tracing import WEIGHTED
 
-Kind = Literal["batch", "sync", "frozen", "lazy", "custom", "parametrized", "scripted", "functional"]
+Kind = Literal[
+    "batch", "sync", "frozen", "lazy", "custom", "parametrized", "scripted", "functional", "weight"
+]
 
 #: The forward methods whose meaning is known, by the class that defines them.
 _FORWARDS: dict[str, Kind] = {
@@ -30,6 +34,7 @@ _FORWARDS: dict[str, Kind] = {
     "timm.layers.norm_act.SyncBatchNormAct.forward": "sync",
     "timm.layers.norm_act.FrozenBatchNormAct2d.forward": "frozen",
 }
+_FUSED = {"drop", "act"}
 _STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _RANKS: dict[type[_BatchNorm], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
@@ -46,18 +51,20 @@ class NormSite:
     Attributes:
         path: the module's path as in ``named_modules()``; a functional call is ``owner:batch_norm``.
         kind: ``batch``, ``sync`` or ``frozen`` can be converted; ``lazy`` after one forward pass; ``custom``
-            (a forward or state of its own), ``parametrized``, ``scripted`` and ``functional`` are reported.
+            (a forward or state of its own), ``parametrized``, ``scripted`` and ``functional`` are reported;
+            ``weight`` is a convolution or linear layer without BatchNorm, listed only when asked for.
         layer: the class that stands there, with its module.
         channels: number of channels C; None where it is not known yet.
         eps: the constant added to the variance.
         momentum: the running statistics' step; None means a cumulative average.
         affine: whether it has a weight or a bias.
+        bias: whether it has a bias.
         track_running_stats: whether it has running statistics.
         trained: whether its statistics were ever updated; None where they cannot be read (meta device).
         ranks: the numbers of input dimensions the layer accepts.
         input_shapes: the distinct input shapes seen in a forward pass, in order.
         calls: how often one forward pass calls it; None when no inputs were given.
-        producer: the convolution or linear layer that feeds it.
+        producer: the nearest convolution or linear layer upstream.
         aliases: further paths of the same module.
         activation: the activation it carries inside (timm's norm + act layers).
         tied: full names of parameters elsewhere that are the same object as its weight or bias.
@@ -78,6 +85,7 @@ class NormSite:
     eps: float
     momentum: float | None
     affine: bool
+    bias: bool = False
     track_running_stats: bool
     trained: bool | None
     ranks: tuple[int, ...]
@@ -95,7 +103,7 @@ class NormSite:
         return min((math.prod(shape[2:]) for shape in self.input_shapes), default=None)
 
 
-def find_sites(model: nn.Module, inputs: Any = None) -> tuple[NormSite, ...]:
+def find_sites(model: nn.Module, inputs: Any = None, *, weights: bool = False) -> tuple[NormSite, ...]:
     """Find every BatchNorm layer of a model, in the order of ``named_modules()``.
 
     Modules are walked, so nothing needs to be traceable. Where torch.fx can trace the model, each site
@@ -106,15 +114,17 @@ def find_sites(model: nn.Module, inputs: Any = None) -> tuple[NormSite, ...]:
         model: any nn.Module; wrappers (DataParallel, a compiled model) keep their prefix in the paths.
         inputs: one forward pass's inputs: a tuple is ``*args``, a dict ``**kwargs``, anything else
             (a list too) one argument.
+        weights: list convolutions and linear layers that feed no BatchNorm too, as sites of kind ``weight``
+            for methods that normalize weights.
 
     Raises:
         ModelError: ``model`` is no module, or fails on ``inputs``.
 
     """
-    return analyse(model, inputs, dataflow=True)
+    return analyse(model, inputs, dataflow=True, weights=weights)
 
 
-def analyse(model: nn.Module, inputs: Any, *, dataflow: bool) -> tuple[NormSite, ...]:
+def analyse(model: nn.Module, inputs: Any, *, dataflow: bool, weights: bool = False) -> tuple[NormSite, ...]:
     """Do what ``find_sites`` says; the trace for dataflow, the slow part, only where it is asked for."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
@@ -124,16 +134,44 @@ def analyse(model: nn.Module, inputs: Any, *, dataflow: bool) -> tuple[NormSite,
     observation = Observation()
     if inputs is not None:
         # A forward pass initialises lazy layers, so it runs on a copy of such a model.
-        subject = copy.deepcopy(model) if lazy else model
+        subject = copied(model) if lazy else model
         watched = {path: subject.get_submodule(path) for path in modules}
         observation = observe(unwrapped(subject)[0], inputs, watched)
         sites = [_with_observation(site, observation) for site in sites]
     inner, prefix = unwrapped(model)
     calls = find_functional_calls(inner, prefix, modules.values(), observation)
-    if dataflow and not lazy:
+    if (dataflow or weights) and not lazy:
         producers = find_producers(inner, prefix, modules, observation)
         sites = [replace(site, producer=producers.get(site.path)) for site in sites]
-    return (*sites, *(_functional_site(call) for call in calls))
+    listed = (*sites, *(_functional_site(call) for call in calls))
+    return (*listed, *_weight_sites(model, listed)) if weights else listed
+
+
+def _weight_sites(model: nn.Module, sites: tuple[NormSite, ...]) -> Iterator[NormSite]:
+    """Yield the weighted layers that no listed site is fed by."""
+    feeding = {site.producer.path for site in sites if site.producer is not None}
+    names: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, WEIGHTED) and module._parameters.get("weight") is not None:
+            names[id(module)].append(path)
+    for first, *aliases in names.values():
+        layer = model.get_submodule(first)
+        if first in feeding or is_lazy(layer.get_parameter("weight")):
+            continue
+        yield NormSite(
+            path=first,
+            kind="weight",
+            layer=f"{type(layer).__module__}.{type(layer).__name__}",
+            channels=out_channels(layer),
+            eps=0.0,
+            momentum=None,
+            affine=False,
+            track_running_stats=False,
+            trained=None,
+            ranks=_ANY_RANK,
+            producer=weight_as_site(model, first, tuple(aliases)),
+            aliases=tuple(aliases),
+        )
 
 
 def _walk(model: nn.Module) -> Iterator[NormSite]:
@@ -179,7 +217,12 @@ def _kind(module: nn.Module) -> Kind | None:
 
 
 def _own_state(module: nn.Module) -> set[str]:
-    return (set(module._parameters) | set(module._buffers)) - _STATE
+    children = set(module._modules) - (_FUSED if _is_fused(module) else set())
+    return (set(module._parameters) | set(module._buffers)) - _STATE | children
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return type(module).forward.__module__ == "timm.layers.norm_act"
 
 
 def _site(module: nn.Module, path: str, aliases: tuple[str, ...], tied: tuple[str, ...]) -> NormSite:
@@ -192,8 +235,8 @@ def _site(module: nn.Module, path: str, aliases: tuple[str, ...], tied: tuple[st
         what = f"state of its own ({', '.join(sorted(own))})" if own else "a forward method of its own"
         detail = f"{name} has {what}, whose meaning is not known"
     mean = getattr(module, "running_mean", None)
-    activation = getattr(module, "act", None)
     unknown = kind in ("lazy", "scripted")
+    activation = module._modules.get("act") if kind != "scripted" and _is_fused(module) else None
     return NormSite(
         path=path,
         kind=kind,
@@ -202,6 +245,7 @@ def _site(module: nn.Module, path: str, aliases: tuple[str, ...], tied: tuple[st
         eps=float(getattr(module, "eps", 1e-5)),
         momentum=getattr(module, "momentum", 0.1) if kind != "frozen" else 0.0,
         affine=any(getattr(module, key, None) is not None for key in ("weight", "bias")),
+        bias=getattr(module, "bias", None) is not None,
         track_running_stats=mean is not None,
         trained=False
         if kind == "lazy"

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from normsearch.forward import evaluating
+from normsearch.forward import evaluating, preserved
 
 #: Types whose weight can feed a normalization; subclasses (StdConv2d, Conv2dSame) too.
 WEIGHTED = (_ConvNd, nn.Linear)
@@ -21,8 +21,10 @@ class SiteTracer(fx.Tracer):
     as a bare ``F.batch_norm`` call, and a weight-standardized convolution as two.
     """
 
-    def __init__(self, leaves: Collection[nn.Module]) -> None:
+    def __init__(self, leaves: Collection[nn.Module], *, training: bool = False) -> None:
         super().__init__()
+        # In train mode a forward may update buffers in place: on the model itself unless they are proxies.
+        self.proxy_buffer_attributes = training
         self._leaves = {id(module) for module in leaves}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -34,17 +36,19 @@ class SiteTracer(fx.Tracer):
         )
 
 
-def trace(model: nn.Module, leaves: Collection[nn.Module]) -> fx.Graph | str:
-    """Return the eval-mode graph of ``model``, or why it has none.
+def trace(model: nn.Module, leaves: Collection[nn.Module], *, training: bool) -> fx.Graph | str:
+    """Return the graph of ``model`` in train or eval mode, or why it has none.
 
     A failure is an answer here, not an error: a sixth of real models cannot be traced, and nothing that
     normsearch promises for all models depends on it.
     """
     if isinstance(model, fx.GraphModule):
         return model.graph
-    with evaluating(model), warnings.catch_warnings():
+    with preserved(model), evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        for module in model.modules():
+            module.training = training
         try:
-            return SiteTracer(leaves).trace(model)
+            return SiteTracer(leaves, training=training).trace(model)
         except Exception as error:
             return f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"

@@ -155,3 +155,52 @@ REFERENCES: Mapping[str, Reference] = {
     "batch_instance": batch_instance,
     "switchable": switchable,
 }
+
+
+def filters(weight: Tensor, transposed: bool, groups: int) -> list[Tensor]:
+    """A mask over the weight for each output channel: ones where its filter is."""
+    found = []
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    for out in range(outputs):
+        where = torch.zeros_like(weight)
+        if transposed:
+            group, inside = divmod(out, weight.shape[1])
+            size = weight.shape[0] // groups
+            where[group * size : (group + 1) * size, inside] = 1
+        else:
+            where[out] = 1
+        found.append(where)
+    return found
+
+
+def weight_norm(state: State, transposed: bool, groups: int) -> Tensor:
+    """g_c v_c / ‖v_c‖, and zero for a zero filter."""
+    v = state["weight_v"]
+    total = torch.zeros_like(v)
+    for gain, where in zip(state["weight_g"], filters(v, transposed, groups), strict=True):
+        length = ((v * where) ** 2).sum().sqrt()
+        total = total + (v * where * gain / length if length > 0 else v * 0)
+    return total
+
+
+def spectral_norm(state: State, transposed: bool, groups: int) -> Tensor:
+    """gain_c W_c / σ with σ from a full singular value decomposition."""
+    weight = state["weight_orig"]
+    places = filters(weight, transposed, groups)
+    matrix = torch.stack([weight[where > 0] for where in places])
+    sigma = torch.linalg.svdvals(matrix)[0]
+    gain = state.get("gain")
+    return sum(
+        (weight * where / sigma * (1 if gain is None else gain[c]) for c, where in enumerate(places)),
+        start=torch.zeros_like(weight),
+    )
+
+
+#: For methods that rewrite the layer before a site: the weight that it uses, from its state.
+WEIGHT_REFERENCES: Mapping[str, Callable[[State, bool, int], Tensor]] = {
+    "weight": weight_norm,
+    "weight(mean_only=true)": weight_norm,
+    "spectral": spectral_norm,
+    "spectral(gain=fixed)": spectral_norm,
+    "identity": lambda state, transposed, groups: state["weight"],
+}

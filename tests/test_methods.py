@@ -11,13 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import REFERENCES
+from reference import REFERENCES, WEIGHT_REFERENCES
 from torch import Tensor, nn
 
 from normsearch import METHODS, MethodError, find_sites, parse_method
 from normsearch.methods import Method, TrainedNorm
 
 SPELLINGS = tuple(REFERENCES)
+#: Methods that replace the site alone; the others have tests of their own in test_weights.py.
+OF_SITES = [name for name, method in METHODS.items() if not method.needs_producer]
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 STATISTICS_OF_THE_BATCH = ("batch", "batch_renorm", "batch_instance", "switchable")
 
@@ -84,7 +86,8 @@ def inputs_for(spelling: str, draw: st.DrawFn) -> Tensor:
 
 
 def test_every_registered_method_has_a_reference() -> None:
-    assert {parse_method(spelling).name for spelling in SPELLINGS} == set(METHODS)
+    spellings = (*REFERENCES, *WEIGHT_REFERENCES)
+    assert {parse_method(spelling).name for spelling in spellings} == set(METHODS)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -153,7 +156,7 @@ def test_running_statistics_move_as_in_batchnorm(
 @pytest.mark.parametrize(
     "shape", [(4, 6), (2, 6, 5), (2, 6, 3, 3), (2, 6, 2, 2, 3), (1, 1, 4, 4), (2, 6, 1, 1)]
 )
-@pytest.mark.parametrize("spelling", [*METHODS, "switchable(bn_logit=30)", "frozen(trainable=true)"])
+@pytest.mark.parametrize("spelling", [*OF_SITES, "switchable(bn_logit=30)", "frozen(trainable=true)"])
 def test_exact_methods_keep_the_eval_function(spelling: str, shape: tuple[int, ...], affine: bool) -> None:
     method = parse_method(spelling)
     old = trained(shape, affine=affine).eval()
@@ -166,7 +169,7 @@ def test_exact_methods_keep_the_eval_function(spelling: str, shape: tuple[int, .
     assert (drift <= 1e-10) == method.exact
 
 
-@pytest.mark.parametrize("spelling", [s for s in METHODS if s not in ("batch", "frozen")])
+@pytest.mark.parametrize("spelling", [s for s in OF_SITES if s not in ("batch", "frozen")])
 def test_untrained_layer_gets_the_methods_own_initialisation(spelling: str) -> None:
     new = built(spelling, nn.BatchNorm2d(8))
     assert torch.equal(new.weight, torch.ones(8))
@@ -356,7 +359,7 @@ def test_compiles_without_graph_breaks(spelling: str, training: bool) -> None:
         assert torch.allclose(compiled.get_buffer(name), buffer, rtol=1e-10)
 
 
-@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if METHODS[s.partition("(")[0]].batch_independent])
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if parse_method(s).batch_independent])
 def test_batch_independent_layers_give_per_sample_gradients_under_vmap(spelling: str) -> None:
     x = torch.randn(5, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layer = scrambled(built(spelling, trained((5, 4, 3, 3)), x))

@@ -12,7 +12,7 @@ import normsearch
 PACKAGE = Path(normsearch.__file__).parent
 #: Lower modules first; a module imports only from its own row's left or from rows above.
 LAYERS = (
-    ("errors",),
+    ("errors", "reparametrization"),
     ("forward",),
     ("tracing",),
     ("moments", "observation", "memory"),
@@ -22,6 +22,8 @@ LAYERS = (
     ("documents",),
     ("plans",),
     ("optimizers", "reports"),
+    ("surgery",),
+    ("state_dicts",),
     ("conversion", "measurement"),
 )
 

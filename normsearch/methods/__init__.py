@@ -14,10 +14,14 @@ from normsearch.methods.batch_instance import BatchInstance, BatchInstanceNorm
 from normsearch.methods.batch_renorm import BatchRenorm, BatchRenormalization
 from normsearch.methods.frozen import Frozen, FrozenBatchNorm
 from normsearch.methods.group import Group
+from normsearch.methods.identity import Identity
 from normsearch.methods.instance import Instance
 from normsearch.methods.layer import ChannelLayerNorm, Layer
 from normsearch.methods.rms import Rms, SampleRMSNorm
+from normsearch.methods.spectral import Spectral, SpectralNorm
 from normsearch.methods.switchable import Switchable, SwitchableNorm
+from normsearch.methods.upstream import ChannelAffine
+from normsearch.methods.weight import MeanOnlyBatchNorm, Weight, WeightNorm
 
 #: Every method by its name.
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
@@ -33,6 +37,9 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             BatchRenormalization,
             BatchInstance,
             Switchable,
+            Weight,
+            Spectral,
+            Identity,
         )
     }
 )
@@ -97,13 +104,17 @@ __all__ = [
     "BatchInstanceNorm",
     "BatchRenorm",
     "Built",
+    "ChannelAffine",
     "ChannelLayerNorm",
     "FrozenBatchNorm",
     "Keep",
+    "MeanOnlyBatchNorm",
     "Method",
     "Refusal",
     "SampleRMSNorm",
+    "SpectralNorm",
     "SwitchableNorm",
     "TrainedNorm",
+    "WeightNorm",
     "parse_method",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_type_hints
@@ -86,7 +86,7 @@ class TrainedNorm:
         """
         state = {name: state_dict.get(f"{prefix}{name}") for name in _STATE_NAMES}
         needed = ("running_mean", "running_var") if site.track_running_stats else ()
-        for name in needed + (("weight",) if site.affine and state["bias"] is None else ()):
+        for name in needed + (("weight",) if site.affine else ()) + (("bias",) if site.bias else ()):
             if state[name] is None:
                 raise StateError(
                     f"the state dict has no {prefix}{name}, which {site.layer} at {site.path} must have; "
@@ -115,6 +115,12 @@ class TrainedNorm:
             process_group=group,
             **state,
         )
+
+    @classmethod
+    def absent(cls, site: NormSite) -> Self:
+        """Stand in for the BatchNorm that a site of kind ``weight`` does not have."""
+        state: dict[str, Tensor | None] = dict.fromkeys(_STATE_NAMES)
+        return cls._from(state, site, True, None)
 
     def reset(self, keep: Keep) -> Self:
         """Drop the statistics (``affine``), or the statistics and γ, β (``nothing``)."""
@@ -229,16 +235,18 @@ class Method(ABC):
         name: the method's spelling without options.
         title: its name in the literature.
         citation: where it comes from.
-        batch_independent: whether a sample's output never depends on the other samples, in train mode too.
+        carries_parameters: whether γ and β live on in the new layer, unchanged, so that they may be tied.
+        needs_producer: whether it must know which layer feeds the site.
+        of_weights: whether it can stand at a convolution or linear layer without BatchNorm too.
 
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     citation: ClassVar[str]
-    batch_independent: ClassVar[bool]
-    #: Whether the Parameters γ and β go on living in the new layer, unchanged (so that they may be tied).
     carries_parameters: ClassVar[bool] = False
+    needs_producer: ClassVar[bool] = False
+    of_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for option, hint in _options(type(self)).items():
@@ -256,6 +264,11 @@ class Method(ABC):
     @abstractmethod
     def exact(self) -> bool:
         """Whether the eval-mode function of a trained BatchNorm is kept exactly."""
+
+    @property
+    @abstractmethod
+    def batch_independent(self) -> bool:
+        """Whether a sample's output never depends on the other samples, in train mode too."""
 
     def resolve(self, site: NormSite) -> Method:
         """Return this method with every option that depends on the site filled in."""
@@ -276,7 +289,20 @@ class Method(ABC):
         Args:
             site: where the layer will stand; the method is resolved for it and does not refuse it.
             old: the trained BatchNorm's numbers.
-            producer: the layer that feeds the site, for methods that rewrite weights.
+            producer: the layer that feeds the site, for methods that rewrite weights; it is not modified.
+                None where another site's method has rewritten it already: then only the site is left to do.
+
+        """
+
+    def initialise(  # noqa: B027 (most methods need no data)
+        self, model: nn.Module, untrained: Sequence[tuple[TrainedNorm, Built]], inputs: Any
+    ) -> None:
+        """Initialise the layers built for untrained sites from one batch, where the method's paper does.
+
+        Args:
+            model: the converted model, with the layers in place.
+            untrained: the sites that were never trained: what stood there and what ``build`` returned.
+            inputs: one forward pass's inputs.
 
         """
 

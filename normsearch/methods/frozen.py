@@ -116,6 +116,9 @@ class Frozen(Method):
         assert old.running_var is not None
         layer.running_mean.copy_(old.running_mean)
         layer.running_var.copy_(old.running_var)
-        for parameter in layer.parameters():
-            parameter.requires_grad_(self.trainable)
+        for was, parameter in ((old.weight, layer.weight), (old.bias, layer.bias)):
+            # What the user froze stays frozen; the buffers of an already frozen layer may learn again.
+            may_learn = not isinstance(was, nn.Parameter) or was.requires_grad
+            if parameter is not None:
+                parameter.requires_grad_(self.trainable and may_learn)
         return Built(layer)

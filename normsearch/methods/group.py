@@ -104,6 +104,8 @@ class Group(Method):
 
 def affine_note(site: NormSite) -> tuple[str, ...]:
     """Say that a layer without an affine gets one to hold the folded statistics."""
-    if site.affine or site.trained is False:
+    if site.bias or site.trained is False:
         return ()
+    if site.affine:
+        return (f"gains a bias ({site.channels}) to hold the folded statistics",)
     return (f"gains a weight and a bias ({site.channels} each) to hold the folded statistics",)

@@ -66,6 +66,7 @@ class Instance(Method):
         if old.needs_affine:
             layer.affine = True
             old.fold(layer, *old.statistics())
-        if site.fewest_elements is None:
+        # torch's InstanceNorm1d reads (N, C) as one unbatched (C, L): guard it where (N, C) may come.
+        if site.fewest_elements is None or 2 in site.ranks:
             layer.register_forward_pre_hook(ElementGuard(site.path, str(self), 1))
         return Built(layer)

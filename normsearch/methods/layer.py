@@ -57,7 +57,9 @@ class ChannelLayerNorm(nn.Module):
         # torch's kernel wants one dtype; half inputs meet single-precision parameters under autocast.
         weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(rows, (self.num_features,), weight, bias, self.eps).movedim(-1, 1).to(x.dtype)
+        y = F.layer_norm(rows, (self.num_features,), weight, bias, self.eps).movedim(-1, 1).to(x.dtype)
+        # The layout stays: Opacus reads a following convolution's input as contiguous.
+        return y.contiguous() if x.is_contiguous() else y
 
     def extra_repr(self) -> str:
         """Print what torch's layers print."""

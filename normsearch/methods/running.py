@@ -14,7 +14,8 @@ from normsearch.moments import batch_moments
 
 def check_input(layer: nn.Module, x: Tensor, channels: int) -> None:
     """Raise a ``ShapeError`` unless ``x`` is (N, C) or (N, C, *spatial) with the layer's channels."""
-    if not 2 <= x.dim() <= 5 or x.shape[1] != channels:
+    ranks = getattr(layer, "ranks", None) or (2, 3, 4, 5)
+    if x.dim() not in ranks or x.shape[1] != channels:
         raise ShapeError(
             f"{type(layer).__name__} expects (N, {channels}) or (N, {channels}, *spatial) with up to three "
             f"spatial dimensions, got {tuple(x.shape)}; a single sample needs its batch dimension: x[None]"
@@ -73,11 +74,13 @@ class RunningNorm(nn.Module):
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the counter to 0."""
-        if self.running_mean is not None and self.running_var is not None:
-            self.running_mean.zero_()
-            self.running_var.fill_(1)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.zero_()
+        for buffer, value in (
+            (self.running_mean, 0),
+            (self.running_var, 1),
+            (self.num_batches_tracked, 0),
+        ):
+            if buffer is not None:
+                buffer.fill_(value)
 
     def reset_parameters(self) -> None:
         """Initialise the layer as the method's paper does for an untrained network."""
@@ -109,16 +112,16 @@ class RunningNorm(nn.Module):
         return self.running_mean, self.running_var
 
     @torch.no_grad()
-    def update(self, mean: Tensor, variance: Tensor, elements: int) -> None:
+    def update(self, mean: Tensor, variance: Tensor | None = None, elements: int = 0) -> None:
         """Move the running statistics towards a batch's, with the unbiased variance, as BatchNorm does.
 
         Args:
             mean: the batch's mean per channel.
-            variance: its biased variance per channel.
+            variance: its biased variance per channel; None for layers that keep the mean only.
             elements: the number of values per channel; the variance of a single one says nothing.
 
         """
-        if not self.training or self.running_mean is None or self.running_var is None:
+        if not self.training or self.running_mean is None:
             return
         step: Tensor | float | None = self.momentum
         if self.num_batches_tracked is not None:
@@ -128,7 +131,7 @@ class RunningNorm(nn.Module):
         if step is None:
             step = 0.0
         self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), step)
-        if elements > 1:
+        if variance is not None and self.running_var is not None and elements > 1:
             unbiased = variance.detach() * (elements / (elements - 1))
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
 

@@ -1,0 +1,165 @@
+"""Spectral normalization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
+from normsearch.methods.upstream import (
+    affine_at_site,
+    foldable,
+    folded_bias,
+    scale_and_shift,
+    upstream_notes,
+    upstream_refusal,
+)
+from normsearch.reparametrization import Reparametrized, per_output, rows, shallow_copy, smallest
+from normsearch.sites import NormSite
+
+#: Power iterations when a layer is made; one more per training step keeps up with the weight from there.
+_FIRST_ITERATIONS = 30
+
+
+class SpectralNorm(Reparametrized):
+    """A convolution or linear layer with weight gain_c W_c / σ(W), σ the largest singular value.
+
+    W is seen as a matrix with one row per output channel. σ = uᵀ W v is followed by one power iteration at
+    each use in train mode; u and v are buffers, fixed in eval mode. Without gain, the weight's largest
+    singular value is one.
+
+    Source: Miyato et al., 2018, arXiv:1802.05957.
+    """
+
+    prefix = "SpectralNorm"
+
+    weight_orig: Tensor
+    gain: Tensor | None
+    left: Tensor
+    right: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Gain · W / σ(W)."""
+        matrix = rows(self.weight_orig, self)
+        if self.training:
+            self._iterate(matrix, 1)
+        # Copies, so that the next power iteration does not change what backward needs.
+        left, right = self.left.clone(), self.right.clone()
+        sigma = torch.dot(left, torch.mv(matrix, right)).clamp_min(smallest(matrix))
+        if self.gain is None:
+            return self.weight_orig / sigma
+        return self.weight_orig * per_output(self.gain / sigma, self, self.weight_orig)
+
+    @torch.no_grad()
+    def _iterate(self, matrix: Tensor, times: int) -> None:
+        for _ in range(times):
+            self.right.copy_(F.normalize(torch.mv(matrix.t(), self.left), dim=0, eps=smallest(matrix)))
+            self.left.copy_(F.normalize(torch.mv(matrix, self.right), dim=0, eps=smallest(matrix)))
+
+    @classmethod
+    def normalized(cls, layer: nn.Module, scale: Tensor | None, *, gain: bool) -> SpectralNorm:
+        """Return ``layer`` with its weight normalized; the gain makes up for σ, times ``scale``.
+
+        Args:
+            layer: a convolution or linear layer.
+            scale: what its outputs are to be scaled by, shape (C,); None for one.
+            gain: whether there is a gain; without, the weight just becomes W / σ(W).
+
+        """
+        new = cls.of(layer)
+        weight = layer.get_parameter("weight")
+        matrix = rows(weight.detach(), layer)
+        # Always the same start: a conversion gives the same layer twice.
+        start = torch.linspace(1, 2, matrix.shape[0], device=weight.device, dtype=weight.dtype)
+        new.register_parameter("weight_orig", weight)
+        new.register_parameter("gain", None)
+        new.register_buffer("left", F.normalize(start, dim=0))
+        new.register_buffer("right", torch.zeros_like(matrix[0]))
+        new._iterate(matrix, _FIRST_ITERATIONS)
+        if gain:
+            sigma = torch.dot(new.left, torch.mv(matrix, new.right)).clamp_min(smallest(matrix))
+            value = sigma.double() * (torch.ones_like(new.left).double() if scale is None else scale)
+            new.register_parameter(
+                "gain", nn.Parameter(value.to(weight.dtype), requires_grad=weight.requires_grad)
+            )
+        return new
+
+    def sigma(self) -> Tensor:
+        """Return the current estimate of the largest singular value of the weight before division."""
+        return torch.dot(self.left, torch.mv(rows(self.weight_orig, self), self.right))
+
+
+@dataclass(frozen=True)
+class Spectral(Method):
+    """Divide the weight of the layer that feeds the site by its largest singular value.
+
+    With a learned gain per channel the trained function is kept exactly. ``gain=fixed`` leaves the gain at
+    one: each layer's matrix has norm one and a k×k convolution of stride 1 norm at most √(kh·kw), which is
+    what a GAN's discriminator wants; a trained network keeps its function up to a scale per layer only.
+
+    Args:
+        gain: ``learned`` or ``fixed``.
+
+    """
+
+    name = "spectral"
+    title = "Spectral Normalization"
+    citation = "Miyato et al., 2018, arXiv:1802.05957"
+    batch_independent = True
+    needs_producer = True
+    of_weights = True
+
+    gain: Literal["learned", "fixed"] = "learned"
+
+    @property
+    def exact(self) -> bool:
+        """The gain makes up for the division."""
+        return self.gain == "learned"
+
+    def refusal(self, site: NormSite) -> Refusal | None:
+        """Refuse without statistics or weight upstream, and gain=fixed where a scale must stay behind."""
+        refusal = upstream_refusal(self, site)
+        if refusal is None and not self.exact and site.kind != "weight" and not foldable(site):
+            assert site.producer is not None
+            reason = (
+                f"BatchNorm's scale cannot be folded into {site.producer.path} "
+                f"({site.producer.detail}) and would be unbounded at the site"
+            )
+            return self.refuse(site, reason, "choose spectral with its learned gain")
+        return refusal
+
+    def notes(self, site: NormSite) -> tuple[str, ...]:
+        """Say why an affine stays at the site."""
+        return upstream_notes(site)
+
+    @torch.no_grad()
+    def build(self, site: NormSite, old: TrainedNorm, producer: nn.Module | None = None) -> Built:
+        """Return what stays at the site and the producer with its weight normalized."""
+        if site.kind == "weight":
+            assert producer is not None
+            return Built(SpectralNorm.normalized(producer, None, gain=self.exact))
+        if producer is None or not foldable(site):
+            upstream = None if producer is None else SpectralNorm.normalized(producer, None, gain=True)
+            return Built(affine_at_site(old), upstream)
+        scale, shift = scale_and_shift(old)
+        if self.exact:
+            normalized = SpectralNorm.normalized(producer, scale, gain=True)
+            assert normalized.gain is not None
+            if old.weight is not None:
+                normalized.gain.requires_grad_(old.weight.requires_grad)
+            normalized.register_parameter("bias", folded_bias(producer, old, scale, shift))
+            return Built(nn.Identity(), normalized)
+        # Fold first, so that the directions of the outputs stay and only their length changes.
+        folded = shallow_copy(producer)
+        weight = producer.get_parameter("weight")
+        scaled = (weight.double() * per_output(scale, producer, weight)).to(weight.dtype)
+        folded.register_parameter("weight", nn.Parameter(scaled, requires_grad=weight.requires_grad))
+        folded.register_parameter("bias", folded_bias(producer, old, scale, shift))
+        normalized = SpectralNorm.normalized(folded, None, gain=False)
+        normalized.get_parameter("bias").div_(normalized.sigma().clamp_min(smallest(scaled)))
+        return Built(nn.Identity(), normalized)

@@ -1,0 +1,146 @@
+"""The surgeon for modules: builds what a plan asks for, then puts it wherever the old layers were."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from normsearch.forward import TORCH_ATTRIBUTES
+from normsearch.methods import Built, Keep, Method, TrainedNorm
+from normsearch.optimizers import check_optimizer, parameter_names, rename_parameters, replace_parameters
+from normsearch.plans import Plan
+from normsearch.reparametrization import Reparametrized
+from normsearch.sites import NormSite
+
+#: Everything of a module's that a user may have hung on it; the dicts move, so that handles stay valid.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def in_order(plan: Plan) -> list[tuple[NormSite, Method]]:
+    """Return a plan's changes, those that fold into a producer first.
+
+    A producer may also be the nearest weight upstream of another site, which only normalizes it.
+    """
+    return sorted(plan.changes, key=lambda change: not _folds(*change))
+
+
+def _folds(site: NormSite, method: Method) -> bool:
+    return method.needs_producer and site.producer is not None and site.producer.foldable
+
+
+def replace_layers(
+    model: nn.Module,
+    plan: Plan,
+    keep: Keep,
+    *,
+    inputs: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """Carry out a plan on the model itself; return it, or its successor if it is itself a site."""
+    if optimizer is not None:
+        check_optimizer(optimizer, model)
+    # Everything is built before anything is replaced: a failure leaves the model whole.
+    new: dict[int, tuple[nn.Module, nn.Module]] = {}
+    untrained: dict[Method, list[tuple[TrainedNorm, Built]]] = defaultdict(list)
+    for site, method in in_order(plan):
+        old = model.get_submodule(site.path)
+        trained = TrainedNorm.of(old, site) if site.kind != "weight" else TrainedNorm.absent(site)
+        built = method.build(site, trained.reset(keep), _producer(site, method, model, new))
+        new[id(old)] = (old, built.module if site.kind == "weight" else _dressed(site, old, built.module))
+        if built.producer is not None and site.producer is not None:
+            source = model.get_submodule(site.producer.path)
+            new[id(source)] = (source, built.producer)
+        if site.trained is False and keep == "function":
+            untrained[method].append((trained, built))
+    _put(model, new, optimizer)
+    changed = new[id(model)][1] if id(model) in new else model
+    if inputs is not None:
+        for method, layers in untrained.items():
+            method.initialise(changed, layers, inputs)
+    return changed
+
+
+def _producer(
+    site: NormSite, method: Method, model: nn.Module, new: Mapping[int, tuple[nn.Module, nn.Module]]
+) -> nn.Module | None:
+    if not method.needs_producer or site.producer is None:
+        return None
+    layer = model.get_submodule(site.producer.path)
+    if id(layer) in new:
+        layer = new[id(layer)][1]
+    return None if isinstance(layer, Reparametrized) else layer
+
+
+def _dressed(site: NormSite, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give a new layer the old one's training flag, ranks, hooks and what it carried inside."""
+    new.train(old.training)
+    if type(new).__module__.startswith("normsearch.methods."):
+        # What BatchNorm2d refuses, its successor must not read as (N, C, L).
+        vars(new)["ranks"] = site.ranks
+    if site.activation is not None:
+        # timm's fused layers: norm, then drop, then act; the names keep their state dict entries in place.
+        fused = nn.Sequential()
+        fused.add_module("norm", new)
+        for name in ("drop", "act"):
+            if name in old._modules:
+                fused.add_module(name, old._modules[name])
+        fused.training = old.training
+        new = fused
+    _move_hooks(old, new)
+    return new
+
+
+def _put(
+    model: nn.Module,
+    new: Mapping[int, tuple[nn.Module, nn.Module]],
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    names = {} if optimizer is None else parameter_names(optimizer)
+    if optimizer is not None:
+        replace_parameters(optimizer, list(new.values()))
+    replacement = {key: layer for key, (_, layer) in new.items()}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if id(child) in replacement:
+                module._modules[name] = replacement[id(child)]
+        for name, value in vars(module).items():
+            if isinstance(value, nn.Module | list | tuple | dict) and name not in TORCH_ATTRIBUTES:
+                vars(module)[name] = _in_container(value, replacement)
+    if optimizer is not None:
+        rename_parameters(optimizer, model, names)
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    own = dict(new._forward_pre_hooks)
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    for hook in own.values():
+        new.register_forward_pre_hook(hook)
+
+
+def _in_container(value: Any, replacement: Mapping[int, nn.Module]) -> Any:
+    """Replace modules that a plain list, tuple or dict attribute refers to beside their registered names."""
+    if isinstance(value, nn.Module):
+        return replacement.get(id(value), value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _in_container(item, replacement)
+    elif isinstance(value, list):
+        value[:] = [_in_container(item, replacement) for item in value]
+    elif type(value) is tuple:
+        items = tuple(_in_container(item, replacement) for item in value)
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    return value
