@@ -13,7 +13,7 @@ from normsearch.errors import ModelError, PlanError, RefusedError
 from normsearch.forward import copied, is_lazy, materialised
 from normsearch.methods import Keep
 from normsearch.plans import Plan, To, Where, plan, refusal_at
-from normsearch.sites import NormSite, analyse
+from normsearch.sites import NormSite, analyse, with_calls_lifted
 from normsearch.surgery import replace_layers
 
 
@@ -81,7 +81,19 @@ def convert(
     _check_targets(the_plan, model, keep, in_place=in_place)
     if not in_place and not lazy:
         target = copied(model)
+    if any(site.kind == "functional" for site, _ in the_plan.changes):
+        target = _as_graph(target, in_place=in_place)
     return replace_layers(target, the_plan, keep, inputs=inputs, optimizer=optimizer)
+
+
+def _as_graph(model: nn.Module, *, in_place: bool) -> nn.Module:
+    """Return the graph in which the model's F.batch_norm calls are layers."""
+    if in_place:
+        raise ModelError(
+            f"{type(model).__name__} calls F.batch_norm itself: its graph is rewritten, which cannot be "
+            "done in place; use the return value of convert without in_place"
+        )
+    return with_calls_lifted(model, certain=True)
 
 
 def _check_targets(the_plan: Plan, model: nn.Module, keep: Keep, *, in_place: bool) -> None:
@@ -118,7 +130,8 @@ def _checked(the_plan: Plan, model: nn.Module) -> Plan:
     """
     rewrites_weights = any(method.needs_producer for _, method in the_plan.changes)
     weights = any(site.kind == "weight" for site in the_plan.sites)
-    analysed = analyse(model, None, dataflow=rewrites_weights, weights=weights)
+    functional = any(site.kind == "functional" for site in the_plan.sites)
+    analysed = analyse(model, None, dataflow=rewrites_weights, weights=weights, functional=functional)
     found = {site.path: site for site in analysed}
     for site, method in the_plan.changes:
         here = found.get(site.path)

@@ -166,7 +166,15 @@ def _weighted_before(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
 def _distance(feed: fx.Node, node: fx.Node) -> str | None:
     if node.all_input_nodes != [feed]:
         return "other operations lie between it and the site"
-    return None if len(feed.users) == 1 else "its output is read elsewhere too"
+    readers = [user for user in feed.users if not _asks_for_metadata(user)]
+    return None if readers == [node] else "its output is read elsewhere too"
+
+
+def _asks_for_metadata(node: fx.Node) -> bool:
+    """Tell whether a node looks at a tensor's shape only, as inlined checks of the input's rank do."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("ndim", "shape", "dtype", "device")
+    return node.op == "call_method" and node.target in ("size", "dim")
 
 
 def _obstacle(layer: nn.Module, calls: int, uses: Counter[int]) -> str | None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from normsearch.lifting import BATCH_NORMS, functional_nodes, lifted
 from normsearch.observation import Observation
 from normsearch.tracing import WEIGHTED
-
-_BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,15 @@ class FunctionalCall:
     eps: float
     shape: tuple[int, ...] | None
     calls: int | None
+    why: str
 
 
 def find_functional_calls(
     model: nn.Module, prefix: str, sites: Iterable[nn.Module], observation: Observation
 ) -> list[FunctionalCall]:
     """List the modules that call F.batch_norm themselves, by their code and by what a forward pass showed."""
-    inside = {id(module) for site in sites for module in site.modules()}
+    known = list(sites)
+    inside = {id(module) for site in known for module in site.modules()}
     found = []
     for path, module in model.named_modules():
         seen = observation.functional.get(path, [])
@@ -46,29 +47,46 @@ def find_functional_calls(
                 eps=eps,
                 shape=shape,
                 calls=len(seen) if observation.ran else None,
+                why=_why(model, known),
             )
         )
     return found
 
 
+def names_batch_norm(model: nn.Module) -> bool:
+    """Tell whether the code of any module calls F.batch_norm on activations, as far as it shows."""
+    return any(_names_batch_norm(module) for module in model.modules() if not _known(module))
+
+
+def _known(module: nn.Module) -> bool:
+    # BatchNorm layers of any package call the function in their forward: they are sites of their own.
+    return isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__
+
+
+def _why(model: nn.Module, known: list[nn.Module]) -> str:
+    graph = lifted(model, known)
+    return graph if isinstance(graph, str) else "with a computed weight or statistic"
+
+
 def _names_batch_norm(module: nn.Module) -> bool:
     if isinstance(module, fx.GraphModule):
-        return any(
-            node.op == "call_function" and node.target in _BATCH_NORMS and not _is_weight(node.args[0])
-            for node in module.graph.nodes
-        )
+        return next(functional_nodes(module.graph), None) is not None
     # A weighted layer that calls it standardizes its weight: not a site; nor are normsearch's own layers.
     own = type(module).__module__.startswith(("torch.nn.modules.", "normsearch.methods."))
     if own or isinstance(module, (torch.jit.ScriptModule, *WEIGHTED)):
         return False
-    forward = type(module).forward
-    return isinstance(forward, FunctionType) and _code_names_batch_norm(forward)
+    return any(_code_names_batch_norm(forward) for forward in _forwards(type(module)))
 
 
-def _is_weight(node: object) -> bool:
-    while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
-        node = node.args[0]
-    return isinstance(node, fx.Node) and node.op == "get_attr"
+def _forwards(cls: type[nn.Module]) -> Iterator[FunctionType]:
+    """Yield a class's forward and, as long as one calls super(), its parent's."""
+    for base in cls.__mro__:
+        forward = vars(base).get("forward")
+        if not isinstance(forward, FunctionType):
+            continue
+        yield forward
+        if "super" not in forward.__code__.co_names:
+            return
 
 
 def _code_names_batch_norm(forward: FunctionType) -> bool:
@@ -78,10 +96,10 @@ def _code_names_batch_norm(forward: FunctionType) -> bool:
     for instruction in dis.get_instructions(forward):
         if instruction.argval == "batch_norm":
             if instruction.opname == "LOAD_GLOBAL":
-                return forward.__globals__.get("batch_norm") in _BATCH_NORMS
+                return forward.__globals__.get("batch_norm") in BATCH_NORMS
             # self.batch_norm(x) is a module of its own; only torch's function counts.
             owner = forward.__globals__.get(before) if isinstance(before, str) else None
-            if before == "functional" or getattr(owner, "batch_norm", None) in _BATCH_NORMS:
+            if before == "functional" or getattr(owner, "batch_norm", None) in BATCH_NORMS:
                 return True
         before = instruction.argval
     return False

@@ -305,7 +305,7 @@ _REMEDY = {
 
 
 def _site_refusal(site: NormSite, method: Method) -> Refusal | None:
-    if site.kind in _REMEDY:
+    if site.kind in _REMEDY and (site.kind != "functional" or site.detail is not None):
         reason, remedy = _REMEDY[site.kind]
         return method.refuse(site, site.detail or reason, remedy)
     if site.kind == "weight" and not method.of_weights:

@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 from normsearch.dataflow import Producer, find_producers, weight_as_site
 from normsearch.errors import ModelError
 from normsearch.forward import copied, unwrapped
-from normsearch.functional import FunctionalCall, find_functional_calls
+from normsearch.functional import FunctionalCall, find_functional_calls, names_batch_norm
+from normsearch.lifting import FunctionalBatchNorm, lifted
 from normsearch.observation import Observation, observe
 from normsearch.reparametrization import out_channels
 from normsearch.tracing import WEIGHTED
@@ -42,6 +43,7 @@ _RANKS: dict[type[_BatchNorm], tuple[int, ...]] = {
     nn.BatchNorm3d: (5,),
 }
 _ANY_RANK = (2, 3, 4, 5)
+_FUNCTION = "torch.nn.functional.batch_norm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,11 @@ class NormSite:
     """One place where a model normalizes, as plain data (no module inside; JSON-ready through ``asdict``).
 
     Attributes:
-        path: the module's path as in ``named_modules()``; a functional call is ``owner:batch_norm``.
+        path: the module's path as in ``named_modules()``; the path that a functional call's layer gets, or
+            ``owner:batch_norm`` where it cannot become one.
         kind: ``batch``, ``sync`` or ``frozen`` can be converted; ``lazy`` after one forward pass; ``custom``
-            (a forward or state of its own), ``parametrized``, ``scripted`` and ``functional`` are reported;
+            (a forward or state of its own), ``parametrized`` and ``scripted`` are reported; ``functional`` is
+            an F.batch_norm call, which can be converted unless ``detail`` says why not;
             ``weight`` is a convolution or linear layer without BatchNorm, listed only when asked for.
         layer: the class that stands there, with its module.
         channels: number of channels C; None where it is not known yet.
@@ -124,10 +128,16 @@ def find_sites(model: nn.Module, inputs: Any = None, *, weights: bool = False) -
     return analyse(model, inputs, dataflow=True, weights=weights)
 
 
-def analyse(model: nn.Module, inputs: Any, *, dataflow: bool, weights: bool = False) -> tuple[NormSite, ...]:
-    """Do what ``find_sites`` says; the trace for dataflow, the slow part, only where it is asked for."""
+def analyse(
+    model: nn.Module, inputs: Any, *, dataflow: bool, weights: bool = False, functional: bool = False
+) -> tuple[NormSite, ...]:
+    """Do what ``find_sites`` says; the trace for dataflow, the slow part, only where it is asked for.
+
+    ``functional`` says that there are F.batch_norm calls even if no forward method shows them.
+    """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
+    original, model = model, with_calls_lifted(model, certain=functional)
     sites = list(_walk(model))
     modules = {site.path: model.get_submodule(site.path) for site in sites}
     lazy = any(site.kind == "lazy" for site in sites)
@@ -137,6 +147,8 @@ def analyse(model: nn.Module, inputs: Any, *, dataflow: bool, weights: bool = Fa
         subject = copied(model) if lazy else model
         watched = {path: subject.get_submodule(path) for path in modules}
         observation = observe(unwrapped(subject)[0], inputs, watched)
+        if observation.functional and not functional:
+            return analyse(original, inputs, dataflow=dataflow, weights=weights, functional=True)
         sites = [_with_observation(site, observation) for site in sites]
     inner, prefix = unwrapped(model)
     calls = find_functional_calls(inner, prefix, modules.values(), observation)
@@ -145,6 +157,15 @@ def analyse(model: nn.Module, inputs: Any, *, dataflow: bool, weights: bool = Fa
         sites = [replace(site, producer=producers.get(site.path)) for site in sites]
     listed = (*sites, *(_functional_site(call) for call in calls))
     return (*listed, *_weight_sites(model, listed)) if weights else listed
+
+
+def with_calls_lifted(model: nn.Module, *, certain: bool = False) -> nn.Module:
+    """Return ``model`` with its F.batch_norm calls as modules, where that is safe; else itself."""
+    if not certain and not names_batch_norm(model):
+        return model
+    known = [module for module in model.modules() if _kind(module) is not None]
+    graph = lifted(model, known)
+    return model if isinstance(graph, str) else graph
 
 
 def _weight_sites(model: nn.Module, sites: tuple[NormSite, ...]) -> Iterator[NormSite]:
@@ -201,6 +222,8 @@ def _walk(model: nn.Module) -> Iterator[NormSite]:
 
 
 def _kind(module: nn.Module) -> Kind | None:
+    if isinstance(module, FunctionalBatchNorm):
+        return "functional"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted" if "BatchNorm" in getattr(module, "original_name", "") else None
     forward = type(module).forward
@@ -240,7 +263,9 @@ def _site(module: nn.Module, path: str, aliases: tuple[str, ...], tied: tuple[st
     return NormSite(
         path=path,
         kind=kind,
-        layer=f"{type(module).__module__}.{name}",
+        layer="torch.nn.functional.batch_norm"
+        if kind == "functional"
+        else f"{type(module).__module__}.{name}",
         channels=None if unknown else _channels(module),
         eps=float(getattr(module, "eps", 1e-5)),
         momentum=getattr(module, "momentum", 0.1) if kind != "frozen" else 0.0,
@@ -301,7 +326,7 @@ def _functional_site(call: FunctionalCall) -> NormSite:
     return NormSite(
         path=call.path,
         kind="functional",
-        layer="torch.nn.functional.batch_norm",
+        layer=_FUNCTION,
         channels=call.shape[1] if call.shape else None,
         eps=call.eps,
         momentum=None,
@@ -311,5 +336,5 @@ def _functional_site(call: FunctionalCall) -> NormSite:
         ranks=_ANY_RANK,
         input_shapes=(call.shape,) if call.shape else (),
         calls=call.calls,
-        detail=f"{call.owner} calls F.batch_norm itself",
+        detail=f"{call.owner} calls F.batch_norm itself: {call.why}",
     )

@@ -780,22 +780,44 @@ class StandardizedConv(nn.Conv2d):
 
 
 @pytest.mark.parametrize("owner", [Functional, ThroughTorch])
-def test_a_functional_batch_norm_is_reported_and_refused(owner: type[nn.Module]) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), owner())
+def test_a_functional_batch_norm_is_converted_through_the_models_graph(owner: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), owner()).eval()
+    assert [(site.path, site.kind) for site in find_sites(model)] == [
+        ("1.norm", "batch"),
+        ("1.norm_1", "functional"),
+    ]
+    converted = convert(model, "frozen")
+    assert isinstance(converted, torch.fx.GraphModule)
+    assert find_sites(converted) == ()
+    close(converted(images()), model(images()))
+
+
+def test_a_functional_batch_norm_that_cannot_be_traced_is_refused_and_can_be_left_out() -> None:
+    class Untraceable(Functional):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > -1e9 else x
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Untraceable())
     assert [(site.path, site.kind) for site in find_sites(model)] == [
         ("1.norm", "batch"),
         ("1:batch_norm", "functional"),
     ]
-    with pytest.raises(RefusedError, match=rf"1:batch_norm: .*{owner.__name__} calls F\.batch_norm itself"):
+    with pytest.raises(
+        RefusedError, match=r"1:batch_norm: .*Untraceable calls F\.batch_norm itself: torch\.fx"
+    ):
         convert(model, "group")
     converted = convert(model, "group", where=lambda site: site.kind != "functional")
     assert type(converted[1].norm) is nn.GroupNorm
 
 
 def test_a_functional_batch_norm_hidden_in_a_method_is_found_with_inputs() -> None:
-    sites = find_sites(nn.Sequential(Hidden()), images())
+    model = nn.Sequential(Hidden())
+    sites = find_sites(model, images())
     found = [(site.path, site.calls, site.eps, site.channels) for site in sites if site.kind == "functional"]
-    assert found == [("0:batch_norm", 1, 1e-3, 3)]
+    assert found == [("0.norm_1", 1, 1e-3, 3)]
+    converted = convert(model.eval(), "frozen", inputs=images())
+    assert find_sites(converted, images()) == ()
+    close(converted(images()), model(images()))
 
 
 @pytest.mark.parametrize("inputs", [None, images()], ids=["code", "forward pass"])
@@ -882,8 +904,9 @@ def test_a_traced_graph_module_converts_like_its_model(method: str, in_place: bo
     assert find_sites(converted) == ()
 
 
-def test_a_traced_functional_call_is_refused() -> None:
+def test_a_traced_functional_call_is_converted() -> None:
     traced = torch.fx.symbolic_trace(Functional().eval())
     assert [site.kind for site in find_sites(traced)] == ["batch", "functional"]
-    with pytest.raises(RefusedError, match=r":batch_norm: group refused"):
-        convert(traced, "group")
+    converted = convert(traced, "frozen")
+    assert find_sites(converted) == ()
+    close(converted(images()), traced(images()))
