@@ -29,6 +29,8 @@ test-all: lint
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.checkpoint_memory
+	$(BIN)/python -m benchmarks.fuzz_admission
 
 clean:
 	rm -rf .venv demo-output

@@ -47,9 +47,15 @@ def checkpoint(size: Literal["tiny", "full"]) -> Path:
     return _package()[0] / "assets" / f"{size}.pth"
 
 
+def network(size: Literal["tiny", "full"]) -> nn.Module:
+    """Return the network with fresh weights: a factory for the command line."""
+    model: nn.Module = _package()[1].Crepe(size)
+    return model
+
+
 def load(size: Literal["tiny", "full"]) -> nn.Module:
     """Return the trained network in eval mode; it maps (N, 1024) frames to (N, 360) pitch salience."""
-    model: nn.Module = _package()[1].Crepe(size)
+    model = network(size)
     model.load_state_dict(torch.load(checkpoint(size), weights_only=True))
     return model.eval()
 

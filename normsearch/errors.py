@@ -24,6 +24,14 @@ class ShapeError(NormsearchError, ValueError):
     """A normalization layer was given an input whose shape it cannot normalize."""
 
 
+class ArchitectureError(NormsearchError, ValueError):
+    """An architecture's name or argument is not one that normsearch builds."""
+
+
+class CheckpointError(NormsearchError):
+    """A checkpoint cannot be read, written or rebuilt."""
+
+
 class StateError(NormsearchError):
     """A state dict does not belong to the model that a plan was made for."""
 

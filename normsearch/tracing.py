@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection
 
@@ -36,19 +37,29 @@ class SiteTracer(fx.Tracer):
         )
 
 
-def trace(model: nn.Module, leaves: Collection[nn.Module], *, training: bool) -> fx.Graph | str:
+def trace(
+    model: nn.Module, leaves: Collection[nn.Module], *, training: bool, defaults: bool = False
+) -> fx.Graph | str:
     """Return the graph of ``model`` in train or eval mode, or why it has none.
+
+    ``defaults`` fixes the optional arguments of the forward at their defaults, which lets it branch on them.
 
     A failure is an answer here, not an error: a sixth of real models cannot be traced, and nothing that
     normsearch promises for all models depends on it.
     """
     if isinstance(model, fx.GraphModule):
         return model.graph
+    fixed = _default_arguments(model) if defaults else None
     with preserved(model), evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module in model.modules():
             module.training = training
         try:
-            return SiteTracer(leaves, training=training).trace(model)
+            return SiteTracer(leaves, training=training).trace(model, fixed)
         except Exception as error:
             return f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
+
+
+def _default_arguments(model: nn.Module) -> dict[str, object]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str | None)}

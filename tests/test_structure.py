@@ -12,10 +12,11 @@ import normsearch
 PACKAGE = Path(normsearch.__file__).parent
 #: Lower modules first; a module imports only from its own row's left or from rows above.
 LAYERS = (
-    ("errors", "reparametrization"),
-    ("forward",),
-    ("tracing",),
+    ("errors", "reparametrization", "layer_sources"),
+    ("forward", "registries"),
+    ("tracing", "architectures"),
     ("moments", "observation", "memory"),
+    ("lifting",),
     ("dataflow", "functional"),
     ("sites",),
     ("methods", "dependence", "compatibility"),
@@ -25,6 +26,13 @@ LAYERS = (
     ("surgery",),
     ("state_dicts",),
     ("conversion", "measurement"),
+    ("graph", "admission"),
+    ("fitting", "arguments"),
+    ("checkpoints",),
+    ("rebuilding",),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
 )
 
 

@@ -232,6 +232,20 @@ def test_untraceable_model_finds_the_upstream_weight_by_a_forward_pass_and_never
     assert distance(converted(x), model(x)) < 1e-12
 
 
+def test_forward_that_branches_on_an_optional_argument_is_traced_with_its_default() -> None:
+    class Optional(Branching):
+        def forward(self, x: Tensor, early: bool = False) -> Tensor:
+            y = self.conv(x)
+            return y if early else self.bn(y.relu())
+
+    model, x = Optional().double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    (site,) = find_sites(model)
+    assert site.producer is not None
+    assert (site.producer.path, site.producer.foldable) == ("conv", False)
+    assert distance(convert(model, "weight")(x), model(x)) < 1e-12
+    assert torch.equal(convert(model, "weight")(x, True), model(x, True))
+
+
 def test_analysis_leaves_caches_of_the_model_alone() -> None:
     class Caching(nn.Module):
         def __init__(self) -> None:

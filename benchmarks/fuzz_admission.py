@@ -1,0 +1,306 @@
+"""Mutated checkpoints against admission: no crash, no foreign error, no memory beyond the file's size.
+
+    python -m benchmarks.fuzz_admission [--headers 50000] [--archives 20000] [--seed 0]
+
+Mutates bytes, JSON, pickles and zip structures of small valid checkpoints. Each must be read, or be refused
+with a NormsearchError; whatever is read is touched to its last number. A crash of the process, another
+exception or growing memory fails the run. Prints the branch coverage of ``normsearch/admission``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import resource
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import coverage
+import numpy as np
+import torch
+from torch import nn
+
+#: How far the largest memory of the process may grow, in bytes.
+MOST_GROWTH = 200 * 2**20
+
+Mutation = Callable[[bytes, random.Random], bytes]
+
+
+def _model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+
+
+def safetensors_seeds() -> list[bytes]:
+    """Return valid files: with and without normsearch's own metadata."""
+    from safetensors.torch import save
+
+    import normsearch
+    from normsearch.admission.record import KEY, Record
+
+    model = _model()
+    plan = normsearch.plan(model, "group")
+    converted = normsearch.convert(model, plan)
+    record = Record(
+        normsearch.Architecture("torchvision/resnet18", {"num_classes": 3}), plan, {"a": "b"}, {"torch": "2"}
+    )
+    return [
+        save(model.state_dict()),
+        save(converted.state_dict(), {KEY: record.to_json()}),
+        save(
+            {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(0, 3), "c": torch.tensor(1)},
+            {"x": "y"},
+        ),
+    ]
+
+
+def torch_seeds() -> list[bytes]:
+    """Return valid files of torch.save: a state dict, a training checkpoint, the format before 1.6."""
+    model = _model()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3, 6, 6)).sum().backward()
+    optimizer.step()
+    training = {
+        "epoch": 3,
+        "loss": 0.5,
+        "model": {f"module.{key}": value for key, value in model.state_dict().items()},
+        "model_ema": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "parameter": nn.Parameter(torch.ones(2)),
+        "size": torch.Size([1, 2]),
+        "device": torch.device("cpu"),
+        "counts": Counter({30: 1}),
+        "none": None,
+        "flags": (True, False, [1, 2**40, -1]),
+    }
+    files = []
+    for content, is_zip in ((model.state_dict(), True), (training, True), (model.state_dict(), False)):
+        buffer = io.BytesIO()
+        torch.save(content, buffer, _use_new_zipfile_serialization=is_zip)
+        files.append(buffer.getvalue())
+    return files
+
+
+def array_seeds() -> list[bytes]:
+    """Return valid files of numpy.savez."""
+    files = []
+    for save, arrays in (
+        (np.savez, (np.ones((2, 3)), np.arange(4))),
+        (np.savez_compressed, (np.zeros(1000),)),
+    ):
+        buffer = io.BytesIO()
+        save(buffer, *arrays)
+        files.append(buffer.getvalue())
+    return files
+
+
+def flip(data: bytes, rng: random.Random) -> bytes:
+    """Change up to four bytes."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        changed[rng.randrange(len(changed))] = rng.choice((rng.randrange(256), 0, 255, 0x7F, 0x80))
+    return bytes(changed)
+
+
+def cut(data: bytes, rng: random.Random) -> bytes:
+    """Truncate, or remove a piece."""
+    start, end = sorted(rng.randrange(len(data)) for _ in range(2))
+    return data[:start] if rng.random() < 0.5 else data[:start] + data[end:]
+
+
+def repeat(data: bytes, rng: random.Random) -> bytes:
+    """Copy a piece elsewhere."""
+    start = rng.randrange(len(data))
+    piece = data[start : start + rng.choice((1, 4, 16, 64, 256))]
+    place = rng.randrange(len(data))
+    return data[:place] + piece * rng.choice((1, 1, 2, 20)) + data[place:]
+
+
+_NUMBERS = (
+    b"0",
+    b"-1",
+    b"1",
+    b"2147483648",
+    b"18446744073709551615",
+    b"1e9",
+    b"null",
+    b'""',
+    b"[]",
+    b"{}",
+    b"9" * 30,
+)
+
+
+def json_token(data: bytes, rng: random.Random) -> bytes:
+    """Replace a number or word in a header, and its length to match."""
+    length = int.from_bytes(data[:8], "little")
+    header, rest = data[8 : 8 + length], data[8 + length :]
+    digits = [i for i in range(len(header)) if header[i : i + 1].isalnum()]
+    start = end = rng.choice(digits)
+    while end < len(header) and header[end : end + 1].isalnum():
+        end += 1
+    words = (
+        *_NUMBERS,
+        b"F64",
+        b"BF16",
+        b"F4",
+        b"BOOL",
+        b"U8",
+        b"shape",
+        b"data_offsets",
+        b"__metadata__",
+        b"dtype",
+    )
+    header = header[:start] + rng.choice(words) + header[end:]
+    return len(header).to_bytes(8, "little") + header + rest
+
+
+def header_bytes(data: bytes, rng: random.Random) -> bytes:
+    """Mutate the header alone, and set its length to match."""
+    length = int.from_bytes(data[:8], "little")
+    header = rng.choice((flip, cut, repeat))(data[8 : 8 + length], rng)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def header_length(data: bytes, rng: random.Random) -> bytes:
+    """Lie about the header's length."""
+    size = rng.choice((0, 1, 2**31, 2**63, 2**64 - 1, len(data), len(data) - 8, rng.randrange(len(data))))
+    return size.to_bytes(8, "little") + data[8:]
+
+
+def rezip(data: bytes, rng: random.Random) -> bytes:
+    """Write the archive anew with a mutated pickle or entry, checksums right."""
+    if not data.startswith(b"PK"):
+        return in_pickle(data, rng)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+        victim = rng.choice(old.namelist()) if rng.random() < 0.3 else "archive/data.pkl"
+        for name in old.namelist():
+            content, method = old.read(name), zipfile.ZIP_STORED
+            if name == victim:
+                content = rng.choice((flip, cut, repeat, in_pickle))(content or b"0", rng)
+                method = zipfile.ZIP_DEFLATED if rng.random() < 0.02 else method
+                name = (
+                    name
+                    if rng.random() > 0.03
+                    else rng.choice(("archive/code/x.py", "b/data/0", "../x", name + "0"))
+                )
+            if rng.random() > 0.005:
+                new.writestr(zipfile.ZipInfo(name), content, method)
+    return buffer.getvalue()
+
+
+_OPCODES = b".(01Nacdehjlopqrstu}]bB)JKMXRiP" + bytes(
+    (0x80, 0x81, 0x85, 0x86, 0x87, 0x88, 0x89, 0x8A, 0x8B, 0x93, 0x95)
+)
+
+
+def in_pickle(data: bytes, rng: random.Random) -> bytes:
+    """Insert or replace an instruction, or swap in a name."""
+    names = (
+        b"cos\nsystem\n",
+        b"cbuiltins\neval\n",
+        b"ctorch\nload\n",
+        b"ctorch\nFloatStorage\n",
+        b"ccollections\nCounter\n",
+    )
+    piece = rng.choice(
+        (*names, bytes([rng.choice(_OPCODES)]), b"J\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 8)
+    )
+    place = rng.randrange(len(data))
+    return data[:place] + piece + data[place + rng.choice((0, len(piece), 1)) :]
+
+
+def touch(tensors: Mapping[str, torch.Tensor], size: int) -> None:
+    """Read every number; none may be there twice or outside the file."""
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > size:
+            raise OverflowError(f"{name} is larger than its file")
+        tensor.sum()
+
+
+HEADERS: tuple[Mutation, ...] = (json_token, json_token, header_bytes, header_bytes, header_length, flip, cut)
+ARCHIVES: tuple[Mutation, ...] = (rezip, rezip, rezip, flip, cut, repeat)
+ARRAYS: tuple[Mutation, ...] = (flip, flip, cut, repeat)
+
+
+def fuzz(
+    seeds: list[bytes], mutations: tuple[Mutation, ...], suffix: str, count: int, seed: int, folder: Path
+) -> Counter[str]:
+    """Read ``count`` mutated files and count what became of them.
+
+    Raises:
+        AssertionError: a file raised anything but a NormsearchError, or made a tensor larger than itself.
+
+    """
+    from normsearch import NormsearchError
+    from normsearch.admission import admit
+    from normsearch.admission.arrays import read_inputs
+    from normsearch.admission.record import read
+
+    rng = random.Random(seed)
+    outcomes: Counter[str] = Counter()
+    for turn in range(count):
+        data = rng.choice(mutations)(rng.choice(seeds), rng)
+        if rng.random() < 0.2:
+            data = rng.choice((flip, cut, repeat))(data, rng) if data else data
+        path = (
+            folder
+            / f"mutated{suffix if rng.random() > 0.05 else rng.choice(('', '.bin', '.safetensors', '.txt'))}"
+        )
+        # A new file each time: the last one's tensors may still be mapped.
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
+        try:
+            if path.suffix == ".npz":
+                read_inputs(path)
+                outcomes["read"] += 1
+                continue
+            admitted = admit(path, rng.choice((None,) * 20 + ("model", "absent")))
+            read(admitted.metadata, path)
+            touch(admitted.tensors, len(data))
+            outcomes["read"] += 1
+        except NormsearchError as error:
+            outcomes[type(error).__name__] += 1
+        except BaseException as error:
+            raise AssertionError(f"turn {turn}: {type(error).__name__}: {error}") from error
+    return outcomes
+
+
+def main() -> None:
+    """Run both kinds and print outcomes, memory and coverage."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--headers", type=int, default=50_000)
+    parser.add_argument("--archives", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    measured = coverage.Coverage(branch=True, source_pkgs=["normsearch.admission"], data_file=None)
+    measured.start()
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = (
+            ("safetensors", safetensors_seeds(), HEADERS, ".safetensors", options.headers),
+            ("torch.save", torch_seeds(), ARCHIVES, ".pth", options.archives),
+            ("numpy.savez", array_seeds(), ARRAYS, ".npz", options.archives // 10),
+        )
+        for name, seeds, mutations, suffix, count in kinds:
+            fuzz(seeds, mutations, suffix, min(count, 100), options.seed, Path(folder))
+            before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+            outcomes = fuzz(seeds, mutations, suffix, count, options.seed, Path(folder))
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+            assert grown < MOST_GROWTH, f"memory grew by {grown:,} bytes"
+            print(
+                f"{name}: {count:,} mutated files in {time.perf_counter() - start:.0f} s, no crash, "
+                f"largest memory grew by {grown / 2**20:.0f} MiB; {dict(outcomes)}"
+            )
+    measured.stop()
+    print("branch coverage of normsearch/admission under the fuzzer:")
+    measured.report(show_missing=True)
+
+
+if __name__ == "__main__":
+    main()

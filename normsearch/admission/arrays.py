@@ -1,0 +1,64 @@
+"""Arrays as inputs of a forward pass: .npz, .npy and safetensors, never pickled objects."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normsearch.admission import safetensors
+from normsearch.errors import CheckpointError
+
+#: The most bytes that the arrays of one file may have once unpacked.
+MOST_BYTES = 8 * 2**30
+_POSITIONAL = re.compile(r"arr_(\d+)")
+
+
+def read_inputs(path: Path) -> Any:
+    """Return a file's arrays as one forward pass's inputs.
+
+    One array is the one argument; arrays named ``arr_0``, ``arr_1``, ... are positional ones (what
+    ``np.savez(path, x, y)`` writes); others are keyword arguments by their names.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else than numbers.
+
+    """
+    try:
+        if path.suffix == ".safetensors":
+            found = safetensors.read(path)[0]
+        elif path.suffix in (".npz", ".npy"):
+            found = _numpy(path)
+        else:
+            raise CheckpointError(f"{path}: inputs are read from .npz, .npy or .safetensors")
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # Whatever numpy, zipfile and zlib raise on damaged files; warnings that were made errors too.
+        raise CheckpointError(f"cannot read inputs from {path}: {str(error)[:300]}") from error
+    if not found:
+        raise CheckpointError(f"{path} holds no array; write one with numpy.savez(path, x)")
+    if len(found) == 1:
+        return next(iter(found.values()))
+    order = {name: _POSITIONAL.fullmatch(name) for name in found}
+    if all(order.values()):
+        return tuple(found[name] for name in sorted(found, key=lambda name: int(name.removeprefix("arr_"))))
+    return found
+
+
+def _numpy(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".npz":
+        with zipfile.ZipFile(path) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        if size > MOST_BYTES:
+            raise CheckpointError(f"{path} would be {size:,} bytes unpacked; at most {MOST_BYTES:,} are read")
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {str(name): archive[name] for name in archive.files}
+    else:
+        arrays = {"arr_0": np.load(path, allow_pickle=False)}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

@@ -1,0 +1,251 @@
+"""save and load: checkpoints with everything that rebuilds a converted model, and other people's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from normsearch.admission import admit, record
+from normsearch.admission.record import Record
+from normsearch.architectures import Architecture
+from normsearch.errors import CheckpointError
+from normsearch.fitting import fill, fitted, skeleton
+from normsearch.plans import Plan
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        model: the network with its weights, converted as the file says, in eval mode.
+        architecture: what built it.
+        plan: what was changed in it; None if nothing was.
+        notes: what was unwrapped, renamed or cast on the way.
+
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    plan: Plan | None
+    notes: tuple[str, ...]
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    architecture: Architecture | None = None,
+    plan: Plan | None = None,
+    force: bool = False,
+) -> None:
+    """Write a model's weights as safetensors, with what rebuilds it in the metadata.
+
+    The file is written beside its place and moved there when it is complete. Tensors that share memory are
+    written once. Code is never written: any safetensors reader opens the file.
+
+    Args:
+        model: the network, converted or not.
+        path: where to; ends in ``.safetensors``.
+        architecture: what built the network; ``load`` needs it, here or there.
+        plan: the plan that converted it.
+        force: replace a file that exists.
+
+    Raises:
+        CheckpointError: the file exists or cannot be written, the state dict holds more than plain tensors,
+            or ``architecture`` and ``plan`` do not rebuild this model.
+
+    Example:
+        >>> import normsearch, tempfile
+        >>> resnet = normsearch.Architecture("torchvision/resnet18", {"num_classes": 10})
+        >>> model = normsearch.build(resnet)
+        >>> plan = normsearch.plan(model, "group")
+        >>> path = tempfile.mkdtemp() + "/resnet18.safetensors"
+        >>> normsearch.save(normsearch.convert(model, plan), path, architecture=resnet, plan=plan)
+        >>> normsearch.load(path).plan == plan
+        True
+
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: checkpoints are written as .safetensors; give such a name")
+    refuse_existing(path, force=force)
+    tensors, aliases = _distinct(model)
+    if architecture is not None and not architecture.is_factory:
+        # What cannot be rebuilt is found now and not when the file is needed.
+        state = model.state_dict()
+        outline = skeleton(architecture, plan, state, "the model")
+        if outline is not None:
+            fitted(outline, state, architecture, "the model")
+    from normsearch import __version__
+
+    made = Record(architecture, plan, aliases, {"normsearch": __version__, "torch": torch.__version__})
+    metadata = {"format": "pt", record.KEY: made.to_json()}
+
+    def write(target: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(tensors, target, metadata)
+
+    write_atomically(path, write, force=force)
+
+
+def load(
+    path: str | os.PathLike[str],
+    architecture: Architecture | str | None = None,
+    *,
+    entry: str | None = None,
+    allow_factories: bool = False,
+) -> Checkpoint:
+    """Read a checkpoint into its network; nothing in the file is executed.
+
+    Reads what ``save`` writes, and plain state dicts: ``.safetensors``, ``.pt`` and ``.pth``, also inside a
+    training checkpoint and with the prefixes of DataParallel, torch.compile and Lightning. Every shape is
+    compared with the architecture before anything is copied.
+
+    Args:
+        path: the file.
+        architecture: what built the network; not needed where the file names a registered one.
+        entry: which entry of a training checkpoint to take, for example ``model_ema``.
+        allow_factories: whether ``architecture`` may be ``package.module:factory``, which runs that code.
+            One that the file names is refused always.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit the architecture.
+        ArchitectureError: the architecture is unknown or cannot be built.
+        PlanError: the plan in the file is malformed or does not fit.
+
+    """
+    path = Path(path)
+    if isinstance(architecture, str):
+        architecture = Architecture(architecture)
+    admitted = admit(path, entry)
+    made = record.read(admitted.metadata, path)
+    if architecture is None:
+        architecture, allow_factories = _named(made, path), False
+    state = _unaliased(admitted.tensors, made.aliases, path)
+    model, notes = fill(architecture, made.plan, state, str(path), allow_factories=allow_factories)
+    _tie(model, made.aliases)
+    return Checkpoint(model.eval(), architecture, made.plan, (*admitted.notes, *notes))
+
+
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """Raise unless ``path`` can be written without replacing anything unasked."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {str(path.parent)!r} does not exist; make it first")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory; give a file's name in it")
+    if path.exists() and not force:
+        raise CheckpointError(f"{path} exists; choose another name, or replace it with force=True (--force)")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None], *, force: bool) -> None:
+    """Let ``write`` fill a new file beside ``path`` and move it there: readers see all of it or nothing.
+
+    Raises:
+        CheckpointError: ``path`` exists and not ``force``, or cannot be written.
+
+    """
+    refuse_existing(path, force=force)
+    temporary = None
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part")
+        os.close(descriptor)
+        temporary = Path(name)
+        write(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if force:
+            os.replace(temporary, path)
+        else:
+            # Unlike a rename, a link never replaces what somebody else wrote meanwhile.
+            os.link(temporary, path)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"cannot write {path}: {reason}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def shared_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names in a state dict whose tensor is another's, each with the first name it has."""
+    first: dict[tuple[object, ...], str] = {}
+    shared = {}
+    for name, tensor in state.items():
+        if not tensor.numel() or tensor.is_meta:
+            continue
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if first.setdefault(key, name) != name:
+            shared[name] = first[key]
+    return shared
+
+
+def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors to write and the names of those that are another's."""
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(
+                f"the state dict's {name} is no plain tensor, which safetensors cannot hold; "
+                "save such a model with torch.save"
+            )
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device: it has no numbers to save; load them first")
+    aliases = shared_names(state)
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in state.items():
+        if name in aliases:
+            continue
+        whole = tensor.contiguous()
+        storage = whole.untyped_storage().data_ptr()
+        # Different views of the same numbers are written apart.
+        tensors[name] = whole.clone() if storage in storages and whole.numel() else whole
+        storages.add(storage)
+    return tensors, aliases
+
+
+def _named(made: Record, path: Path) -> Architecture:
+    if made.architecture is None:
+        raise CheckpointError(
+            f"{path} does not say which network it belongs to; give the architecture "
+            "(--architecture, for example torchvision/resnet50)"
+        )
+    if made.architecture.is_factory:
+        raise CheckpointError(
+            f"{path} says that {made.architecture.name!r} built its network; code that a file names is never "
+            "run: if you trust it, give this architecture yourself (--architecture, or architecture= and "
+            "allow_factories=True)"
+        )
+    return made.architecture
+
+
+def _unaliased(tensors: dict[str, Tensor], aliases: Mapping[str, str], path: Path) -> dict[str, Tensor]:
+    for alias, name in aliases.items():
+        if name not in tensors or alias in tensors:
+            raise CheckpointError(
+                f"{path}: its metadata shares {alias[:60]!r} with {name[:60]!r}, which is not there"
+            )
+    return tensors | {alias: tensors[name] for alias, name in aliases.items()}
+
+
+def _tie(model: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Share parameters again that were one object when saved, where the architecture does not."""
+    for alias, name in aliases.items():
+        parts = [full.rpartition(".") for full in (alias, name)]
+        (owner, own), (other, theirs) = ((model.get_submodule(path), leaf) for path, _, leaf in parts)
+        parameters = owner._parameters.get(own), other._parameters.get(theirs)
+        if None not in parameters and parameters[0] is not parameters[1]:
+            owner.register_parameter(own, parameters[1])

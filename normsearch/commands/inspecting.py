@@ -1,0 +1,178 @@
+"""Commands that only look: methods, architectures, sites, plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+import normsearch
+from normsearch.arguments import make_inputs, read_to
+from normsearch.checkpoints import refuse_existing
+from normsearch.commands.options import (
+    Arch,
+    Arguments,
+    Batch,
+    Entry,
+    Force,
+    Inputs,
+    Json,
+    MaybeFile,
+    Methods,
+    Shape,
+)
+from normsearch.commands.running import (
+    ERR,
+    OUT,
+    cell,
+    fail,
+    loaded_from,
+    print_json,
+    progress,
+    reported,
+    write_text,
+)
+from normsearch.errors import NormsearchError
+from normsearch.methods import METHODS
+from normsearch.registries import LIBRARIES, names
+
+
+@reported
+def methods(as_json: Json = False) -> None:
+    """List the normalization methods."""
+    rows: list[dict[str, Any]] = [
+        {
+            "method": name,
+            "title": method.title,
+            "exact": method().exact,
+            "batch_independent": method().batch_independent,
+            "options": {field.name: field.default for field in fields(method)},
+            "citation": method.citation,
+        }
+        for name, method in METHODS.items()
+    ]
+    if as_json:
+        return print_json(rows)
+    table = Table(title=f"{len(rows)} methods")
+    for column in ("method", "name", "exact", "batch independent", "options", "source"):
+        table.add_column(column, overflow="fold", no_wrap=column == "method")
+    for row in rows:
+        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+        exact, independent = ("yes" if row[key] else "no" for key in ("exact", "batch_independent"))
+        table.add_row(row["method"], row["title"], exact, independent, options, row["citation"])
+    return OUT.print(table)
+
+
+@reported
+def architectures(
+    pattern: Annotated[str, typer.Argument(help="Only those that match, for example 'timm/resnet*'.")] = "*",
+    as_json: Json = False,
+) -> None:
+    """List the architectures that are known by name, and the arguments each library's may take."""
+    found = [
+        f"{library}/{name}"
+        for library in LIBRARIES
+        for name in _available(library)
+        if fnmatchcase(f"{library}/{name}", pattern)
+    ]
+    allowed = {
+        library: {key: value.describe() for key, value in LIBRARIES[library].arguments.items()}
+        for library in LIBRARIES
+        if any(name.startswith(f"{library}/") for name in found)
+    }
+    if not found:
+        fail(f"no architecture matches {pattern!r}; * matches any text, for example '*resnet*'")
+    if as_json:
+        return print_json({"architectures": found, "arguments": allowed})
+    for name in found:
+        typer.echo(name)
+    table = Table(title="arguments")
+    for column in ("library", "argument", "value"):
+        table.add_column(column, overflow="fold")
+    for library, arguments in allowed.items():
+        for key, text in arguments.items():
+            table.add_row(library, key, text)
+    return ERR.print(table) if not OUT.is_terminal else OUT.print(table)
+
+
+def _available(library: str) -> tuple[str, ...]:
+    try:
+        return names(library)
+    except NormsearchError as error:
+        typer.echo(f"note: {error}", err=True)
+        return ()
+
+
+@reported
+def sites(
+    checkpoint: MaybeFile = None,
+    architecture: Arch = None,
+    arguments: Arguments = None,
+    entry: Entry = None,
+    input_shape: Shape = None,
+    inputs: Inputs = None,
+    batch_size: Batch = 2,
+    as_json: Json = False,
+) -> None:
+    """List the places where a network normalizes."""
+    loaded = loaded_from(checkpoint, architecture, arguments, entry)
+    with progress("looking for BatchNorm"):
+        given = make_inputs(loaded.model, input_shape, batch_size, inputs)
+        found = normsearch.find_sites(loaded.model, given)
+    if as_json:
+        return print_json([asdict(site) for site in found])
+    table = Table(title=f"{len(found)} sites")
+    for column in ("site", "layer", "kind", "channels", "eps", "input", "producer"):
+        table.add_column(column, overflow="fold")
+    for site in found:
+        shape = " ".join("x".join(map(str, shape[1:])) for shape in site.input_shapes)
+        producer = "" if site.producer is None else site.producer.path
+        cells = (
+            site.path,
+            site.layer.rpartition(".")[2],
+            site.kind,
+            site.channels,
+            site.eps,
+            shape,
+            producer,
+        )
+        table.add_row(*map(cell, cells))
+    return OUT.print(table)
+
+
+@reported
+def plan(
+    checkpoint: MaybeFile = None,
+    to: Methods = None,
+    architecture: Arch = None,
+    arguments: Arguments = None,
+    entry: Entry = None,
+    input_shape: Shape = None,
+    inputs: Inputs = None,
+    batch_size: Batch = 2,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Say which method would stand at each site, and why not; change nothing."""
+    if not to:
+        raise typer.BadParameter("give at least one method, for example --to group", param_hint="--to")
+    if output is not None:
+        refuse_existing(output, force=force)
+    loaded = loaded_from(checkpoint, architecture, arguments, entry)
+    with progress("planning"):
+        given = make_inputs(loaded.model, input_shape, batch_size, inputs)
+        explanation = normsearch.explain(loaded.model, read_to(to), inputs=given)
+    if as_json:
+        typer.echo(explanation.to_json())
+    else:
+        OUT.print(explanation)
+    if explanation.refusals:
+        raise normsearch.RefusedError(explanation.refusals)
+    if output is not None:
+        made = normsearch.plan(loaded.model, read_to(to), inputs=given)
+        write_text(output, made.to_json(), force)

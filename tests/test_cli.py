@@ -1,0 +1,369 @@
+"""The command line as a user sees it: files, tables, JSON, exit codes, one message on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import normsearch
+from normsearch import METHODS, Architecture
+from normsearch.arguments import read_architecture, read_to
+from normsearch.cli import app
+
+NAME = "timm/resnet10t"
+RESNET = Architecture(NAME, {"num_classes": 3})
+MODEL = ["--architecture", NAME, "--arguments", "num_classes=3"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    state: dict[str, torch.Tensor] = normsearch.build(RESNET).state_dict()
+    for name, value in state.items():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 2)
+    return state
+
+
+@pytest.fixture
+def checkpoint(weights: dict[str, torch.Tensor], folder: Path) -> str:
+    torch.save({"state_dict": weights}, folder / "x.pth")
+    return "x.pth"
+
+
+def cli(*words: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == code, (result.output, result.exception)
+    # Whatever happens, no traceback.
+    assert "Traceback" not in result.output
+    assert code == 0 or result.stderr
+    return result
+
+
+def output(*words: str) -> Any:
+    return json.loads(cli(*words, "--json").stdout)
+
+
+def process(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "normsearch", *words], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_convert_writes_all_that_is_needed(checkpoint: str, folder: Path) -> None:
+    words = ["--to", "group", "-o", "out.safetensors", "--report", "report.json", "--input-shape", "3x64x64"]
+    result = cli("convert", checkpoint, *MODEL, *words)
+    assert "note: read from the entry 'state_dict'" in result.stderr
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.py",
+        "out.safetensors",
+        "report.json",
+        "x.pth",
+    ]
+    assert result.stdout.endswith("wrote out.safetensors, model.py, report.json\n")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["batch_norms"]["after"] == 0
+    loaded = normsearch.load("out.safetensors")
+    original = normsearch.load("x.pth", RESNET).model
+    x = torch.randn(2, 3, 64, 64)
+    expected = normsearch.convert(original, "group")(x)
+    assert torch.equal(loaded.model(x), expected)
+    torch.save(x, "inputs.pt")
+    code = "import torch; from model import load; torch.save(load()(torch.load('inputs.pt')), 'y.pt')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    torch.testing.assert_close(torch.load("y.pt"), expected)
+
+
+def test_convert_with_patterns_and_a_preference(checkpoint: str) -> None:
+    words = ["--to", "layer4.*=instance,layer", "--to", "group(groups=8)", "--input-shape", "3x32x32"]
+    result = output("convert", checkpoint, *MODEL, *words, "-o", "o.safetensors")
+    methods = {row["site"]["path"]: row["method"] for row in result["plan"]["rows"]}
+    assert methods["layer1.0.bn1"] == "group(groups=8)"
+    # Maps of one element leave nothing to an instance.
+    assert {methods["layer4.0.bn1"], methods["layer4.0.bn2"]} == {"layer"}
+    assert result["written"] == ["o.safetensors", "model.py"]
+    assert result["report"] is None
+
+
+def test_plan_file_round_trip(checkpoint: str, folder: Path) -> None:
+    cli("plan", checkpoint, *MODEL, "--to", "rms", "-o", "plan.json")
+    cli("convert", checkpoint, *MODEL, "--plan", "plan.json", "-o", "o.safetensors", "--no-script")
+    assert normsearch.load("o.safetensors").plan == normsearch.Plan.from_json(
+        (folder / "plan.json").read_text()
+    )
+    assert not (folder / "model.py").exists()
+
+
+def test_dry_run_writes_nothing(checkpoint: str, folder: Path) -> None:
+    result = cli("convert", checkpoint, *MODEL, "--to", "group", "-o", "out.safetensors", "--dry-run")
+    assert result.stdout.endswith("nothing written (--dry-run)\n")
+    assert os.listdir(folder) == [checkpoint]
+
+
+def test_keep_nothing(checkpoint: str) -> None:
+    cli("convert", checkpoint, *MODEL, "--to", "group", "--keep", "nothing", "-o", "o.safetensors")
+    assert torch.equal(load_file("o.safetensors")["bn1.weight"], torch.ones(64))
+
+
+@pytest.mark.parametrize("there", ["out.safetensors", "model.py", "report.json"])
+def test_nothing_is_replaced_without_force(there: str, checkpoint: str, folder: Path) -> None:
+    (folder / there).write_text("mine")
+    words = ["--to", "group", "-o", "out.safetensors", "--report", "report.json", "--input-shape", "3x64x64"]
+    result = cli("convert", checkpoint, *MODEL, *words, code=1)
+    assert result.stderr.startswith(f"error: {there} exists")
+    assert (folder / there).read_text() == "mine"
+    assert sorted(os.listdir(folder)) == sorted([checkpoint, there])
+    cli("convert", checkpoint, *MODEL, *words, "--force")
+    assert (folder / there).read_bytes() != b"mine"
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.conv = nn.Conv1d(1, {"tiny": 8, "full": 32}[model], 3)
+        self.norm = nn.BatchNorm1d(self.conv.out_channels)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+"""
+
+
+def test_factory_in_the_current_folder(folder: Path) -> None:
+    (folder / "my_factory.py").write_text(FACTORY)
+    sys.modules.pop("my_factory", None)
+    model = ["--architecture", "my_factory:Net", "--arguments", "model=tiny"]
+    assert [site["channels"] for site in output("sites", *model)] == [8]
+    network = normsearch.build(Architecture("my_factory:Net", {"model": "tiny"}), allow_factories=True)
+    torch.save(network.state_dict(), "net.pth")
+    cli("convert", "net.pth", *model, "--to", "batch_renorm", "-o", "net.safetensors")
+    assert cli("sites", "net.safetensors", code=1).stderr.startswith(
+        "error: net.safetensors says that 'my_factory:Net'"
+    )
+    assert output("sites", "net.safetensors", *model) == []
+    done = process("profile", "net.safetensors", *model, "--input-shape", "1x64", "--json")
+    assert json.loads(done.stdout)["parameters"] == 48
+    script = subprocess.run([sys.executable, "model.py"], capture_output=True, text=True, check=True)
+    assert "(norm): BatchRenorm(8" in script.stdout
+
+
+def test_methods() -> None:
+    found = output("methods")
+    assert [row["method"] for row in found] == list(METHODS)
+    assert next(row for row in found if row["method"] == "group")["options"] == {"groups": None}
+    assert all(name in cli("methods").stdout for name in METHODS)
+
+
+def test_architectures() -> None:
+    found = output("architectures", "*/resnet18")
+    assert found["architectures"] == ["torchvision/resnet18", "timm/resnet18"]
+    assert found["arguments"]["timm"]["num_classes"] == "a whole number from 0 to 100000"
+    assert cli("architectures", "timm/resnet18").stdout.splitlines() == ["timm/resnet18"]
+    assert "no architecture matches 'x'" in cli("architectures", "x", code=1).stderr
+
+
+def test_sites(checkpoint: str) -> None:
+    found = output("sites", checkpoint, *MODEL, "--input-shape", "3x64x64", "--batch-size", "3")
+    assert found[0]["input_shapes"][0][0] == 3
+    assert len(found) == len(output("sites", *MODEL))
+    assert "layer1.0.bn1" in cli("sites", checkpoint, *MODEL).stdout
+
+
+def test_plan_prints_refusals_and_fails(checkpoint: str) -> None:
+    result = cli("plan", checkpoint, *MODEL, "--to", "instance", "--input-shape", "3x32x32", code=1)
+    assert "refused" in result.stdout
+    assert "the output would be constant" in result.stderr
+    table = json.loads(cli("plan", *MODEL, "--to", "group", "--json").stdout)
+    assert {row["exact"] for row in table["rows"]} == {False}
+
+
+def test_compare_and_profile(checkpoint: str, folder: Path) -> None:
+    cli("convert", checkpoint, *MODEL, "--to", "frozen", "-o", "f.safetensors")
+    np.savez(folder / "x.npz", np.random.default_rng(0).standard_normal((4, 3, 64, 64)).astype(np.float32))
+    report = output("compare", checkpoint, "f.safetensors", *MODEL, "--inputs", "x.npz", "--logits")
+    assert report["drift"]["relative_l2"] < 1e-5
+    assert report["drift"]["top1_agreement"] == 1
+    assert "output drift" in cli("compare", checkpoint, "f.safetensors", *MODEL, "--inputs", "x.npz").stdout
+    cost = output("profile", "f.safetensors", "--input-shape", "3x64x64", "--repeats", "1")
+    assert cost["parameters"] == report["parameters"]["after"]
+
+
+def test_half_precision_checkpoint_gets_half_precision_inputs(
+    folder: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    state = {
+        name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()
+    }
+    torch.save(state, "h.pth")
+    result = cli("sites", "h.pth", *MODEL, "--input-shape", "3x64x64", "--json")
+    assert "bfloat16: the network was cast" in result.stderr
+    assert json.loads(result.stdout)[0]["calls"] == 1
+
+
+USAGE: Sequence[tuple[list[str], str]] = (
+    (["convert", "x.pth"], "give either --to or --plan"),
+    (["convert", "x.pth", "--to", "group", "--plan", "p.json"], "give either --to or --plan"),
+    (["convert", "x.pth", "--to", "group"], "say where to write"),
+    (["convert", "x.pth", "--to", "group", "-o", "o.safetensors", "--report", "r.json"], "a report needs"),
+    (["convert"], "Missing argument"),
+    (["convert", "x.pth", "--to", "group", "-o", "o.safetensors", "--keep", "half"], "half"),
+    (["plan", "x.pth"], "give at least one method"),
+    (["sites"], "give a checkpoint or an --architecture"),
+    (["profile", "x.pth"], "give --input-shape or --inputs"),
+    (["profile", "x.pth", "--input-shape", "3", "--repeats", "0"], "repeats"),
+    (["evil"], "evil"),
+)
+
+
+@pytest.mark.parametrize(("words", "message"), USAGE, ids=[" ".join(words)[:40] for words, _ in USAGE])
+def test_wrong_usage_is_two(words: list[str], message: str, checkpoint: str) -> None:
+    assert message in cli(*words, code=2).stderr
+
+
+REFUSED: Sequence[tuple[list[str], str]] = (
+    (["sites", "none.pth", *MODEL], "No such file"),
+    (["sites", "."], "is a directory"),
+    (["sites", "x.pth"], "does not say which network"),
+    (["sites", "x.pth", "-a", "timm/resnet50"], "does not fit timm/resnet50"),
+    (["sites", "x.pth", "-a", "resnet50"], "cannot read the architecture 'resnet50'; write torchvision/NAME"),
+    (["sites", "x.pth", "-a", "timm/resnet_50"], "did you mean"),
+    (["sites", "x.pth", "-a", NAME, "--arguments", "num_classes"], "write name=value"),
+    (["sites", "x.pth", "-a", NAME, "--arguments", "num_classes=3", "--arguments", "num_classes=4"], "twice"),
+    (["sites", "x.pth", "--arguments", "a=1"], "belong to an --architecture"),
+    (["sites", *MODEL, "--input-shape", "3,64,64"], "write the shape of one sample, for example 3x224x224"),
+    (["sites", *MODEL, "--input-shape", "3x999999x999999"], "give less"),
+    (["sites", *MODEL, "--input-shape", "5x64x64"], "failed on the given inputs"),
+    (["sites", *MODEL, "--inputs", "x.pth"], "inputs are read from .npz, .npy or .safetensors"),
+    (["sites", *MODEL, "--inputs", "no.npz"], "is not a file"),
+    (["sites", *MODEL, "--inputs", "no.npz", "--input-shape", "3"], "not both"),
+    (["plan", *MODEL, "--to", "grup"], "unknown method 'grup'"),
+    (["plan", *MODEL, "--to", "nothing.*=group"], "no site matches"),
+    (["plan", *MODEL, "--to", "group", "-o", "no/plan.json"], "does not exist"),
+    (
+        ["convert", "x.pth", *MODEL, "--plan", "no.json", "-o", "o.safetensors"],
+        "cannot read the plan no.json",
+    ),
+    (["convert", "x.pth", *MODEL, "--plan", "x.pth", "-o", "o.safetensors"], "not a plan"),
+    (["convert", "x.pth", *MODEL, "--to", "group", "-o", "o.pth"], "written as .safetensors"),
+    (["sites", "-a", "no_such_module:Net"], "No module named"),
+)
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=[" ".join(words)[:50] for words, _ in REFUSED])
+def test_refusal_is_one(words: list[str], message: str, checkpoint: str, folder: Path) -> None:
+    result = cli(*words, code=1)
+    assert message in result.stderr
+    assert "error: " in result.stderr
+    assert os.listdir(folder) == [checkpoint]
+
+
+def test_converted_checkpoint_is_not_converted_again(checkpoint: str) -> None:
+    cli("convert", checkpoint, *MODEL, "--to", "group", "-o", "o.safetensors", "--no-script")
+    result = cli("convert", "o.safetensors", "--to", "layer", "-o", "p.safetensors", code=1)
+    assert "converted already" in result.stderr
+
+
+def test_names_in_files_cannot_drive_the_terminal(folder: Path) -> None:
+    torch.save({"\x1b[2J\x1b]0;owned\x07": torch.ones(1)}, "x.pth")
+    result = cli("sites", "x.pth", *MODEL, code=1)
+    assert "\x1b" not in result.output
+    assert "\x07" not in result.output
+
+
+def test_entry_point_and_module_agree() -> None:
+    done = process("methods", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row["method"] for row in json.loads(done.stdout)] == list(METHODS)
+    scripts = Path(sys.executable).with_name("normsearch")
+    if scripts.exists():
+        again = subprocess.run([scripts, "methods", "--json"], capture_output=True, text=True, check=True)
+        assert again.stdout == done.stdout
+
+
+def test_interrupt_is_clean(checkpoint: str, folder: Path) -> None:
+    (folder / "slow_network.py").write_text(
+        "import time\nfrom pathlib import Path\n"
+        "def network():\n    Path('started').touch()\n    time.sleep(60)\n"
+    )
+    words = [
+        sys.executable,
+        "-m",
+        "normsearch",
+        "convert",
+        checkpoint,
+        "-a",
+        "slow_network:network",
+        "--to",
+        "group",
+    ]
+    running = subprocess.Popen(
+        [*words, "-o", "o.safetensors"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (folder / "started").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert stderr.strip().splitlines()[-1] == "interrupted; nothing half-written is left"
+    assert not (folder / "o.safetensors").exists()
+
+
+def test_help_names_every_command() -> None:
+    text = cli("--help").stdout
+    for command in ("methods", "architectures", "sites", "plan", "convert", "compare", "profile"):
+        assert command in text
+        assert "--json" in cli(command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("tiny", "tiny"),
+        ("3", 3),
+        ("0.5", 0.5),
+        ("true", True),
+        ('"3"', "3"),
+        ("[1]", "[1]"),
+        ("", ""),
+        ("a=b", "a=b"),
+    ],
+)
+def test_arguments_are_read_as_json_or_text(text: str, value: object) -> None:
+    architecture = read_architecture("timm/resnet18", [f"x={text}"])
+    assert architecture is not None
+    assert architecture.arguments == {"x": value}
+    assert type(architecture.arguments["x"]) is type(value)
+
+
+def test_to_is_read_like_in_python() -> None:
+    assert read_to(["group"]) == {"*": ["group"]}
+    assert read_to(["instance,group(groups=8)"]) == {"*": ["instance", "group(groups=8)"]}
+    assert read_to(["group", "a.*=batch_renorm(r_max=2, d_max=1),rms"]) == {
+        "a.*": ["batch_renorm(r_max=2, d_max=1)", "rms"],
+        "*": ["group"],
+    }
