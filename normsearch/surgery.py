@@ -126,7 +126,7 @@ def _put(
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     own = dict(new._forward_pre_hooks)
     for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
+        vars(new)[name] = vars(old)[name]
     for hook in own.values():
         new.register_forward_pre_hook(hook)
 
