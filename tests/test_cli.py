@@ -320,14 +320,22 @@ def test_interrupt_is_clean(checkpoint: str, folder: Path) -> None:
         "--to",
         "group",
     ]
-    running = subprocess.Popen(
-        [*words, "-o", "o.safetensors"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while not (folder / "started").exists():
-        assert running.poll() is None
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    _, stderr = running.communicate(timeout=30)
+    with subprocess.Popen(
+        [*words, "-o", "o.safetensors"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background inherits an ignored SIGINT; the command is one in the foreground.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as running:
+        try:
+            while not (folder / "started").exists():
+                assert running.poll() is None
+                time.sleep(0.05)
+            running.send_signal(signal.SIGINT)
+            _, stderr = running.communicate(timeout=30)
+        finally:
+            running.kill()
     assert running.returncode == 130
     assert stderr.strip().splitlines()[-1] == "interrupted; nothing half-written is left"
     assert not (folder / "o.safetensors").exists()
