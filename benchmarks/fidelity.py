@@ -35,7 +35,7 @@ SPELLINGS = (
     "rms",
     "instance",
     "switchable",
-    "switchable(bn_logit=30)",
+    "switchable(bn_logit=40)",
     "batch_renorm",
     "batch_instance",
     "frozen",

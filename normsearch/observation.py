@@ -25,7 +25,7 @@ class Observation:
 
     ran: bool = False
     shapes: dict[str, list[tuple[int, ...]]] = field(default_factory=lambda: defaultdict(list))
-    #: Path of the weighted layer whose output reached a site, by tensor identity.
+    #: Path of the weighted layer whose output reached a site, by tensor identity; else of the last before it.
     feeders: dict[str, str] = field(default_factory=dict)
     #: (eps, input shape) of each F.batch_norm call outside the sites, by the path of the calling module.
     functional: dict[str, list[tuple[float, tuple[int, ...]]]] = field(
@@ -79,6 +79,7 @@ def observe(model: nn.Module, inputs: Any, sites: Mapping[str, nn.Module]) -> Ob
     parameters = {_storage(parameter) for parameter in model.parameters() if _known(parameter)} - {0}
     mode = _FunctionalCalls(observation, parameters)
     made: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+    latest: list[str] = []
 
     def enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # normsearch's own layers may call F.batch_norm, as BatchRenorm does in eval.
@@ -94,6 +95,9 @@ def observe(model: nn.Module, inputs: Any, sites: Mapping[str, nn.Module]) -> Ob
                 source, feeder = made.get(id(x), (None, ""))
                 if source is not None and source() is x:
                     observation.feeders[site] = feeder
+                elif latest:
+                    # Pooling or an activation lies between: the last weight that was used is upstream.
+                    observation.feeders.setdefault(site, latest[-1])
                 return
 
     def leave(path: str, module: nn.Module, output: Any) -> None:
@@ -101,6 +105,8 @@ def observe(model: nn.Module, inputs: Any, sites: Mapping[str, nn.Module]) -> Ob
             mode.stack.pop()
         if isinstance(module, WEIGHTED) and isinstance(output, Tensor):
             made[id(output)] = (weakref.ref(output), path)
+            if module._parameters.get("weight") is not None:
+                latest[:] = [path]
 
     with ExitStack() as stack:
         for path, module in model.named_modules():

@@ -26,7 +26,7 @@ SPELLINGS = (
     "layer(axes=channel)",
     "weight(mean_only=true)",
     "spectral(gain=fixed)",
-    "switchable(bn_logit=30)",
+    "switchable(bn_logit=40)",
     "batch_renorm(r_max=2, d_max=1)",
     "frozen(trainable=true)",
 )

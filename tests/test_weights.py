@@ -225,7 +225,7 @@ class Branching(nn.Module):
 
 def test_untraceable_model_finds_the_upstream_weight_by_a_forward_pass_and_never_folds() -> None:
     model, x = Branching().double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    with pytest.raises(normsearch.RefusedError, match="give inputs= if the model cannot be traced"):
+    with pytest.raises(normsearch.RefusedError, match="give inputs= if there were none"):
         convert(model, "weight")
     converted = convert(model, "weight", inputs=x)
     assert isinstance(converted.bn, ChannelAffine)

@@ -377,5 +377,5 @@ class ElementGuard:
             raise ShapeError(
                 f"{self.site}: {self.method} got an input of shape {tuple(shape)}, one element per group, "
                 "whose output would be constant; choose layer, group or frozen for this site "
-                "(plan(model, ..., inputs=example) would have refused it)"
+                "(plan(model, ..., inputs=example) refuses such sites where the forward pass reaches them)"
             )

@@ -18,8 +18,9 @@ from normsearch.sites import NormSite
 #: Order of the logits, as in the authors' code.
 INSTANCE, LAYER, BATCH = range(3)
 
-#: From this logit on the BatchNorm weight differs from one by less than 1e-12.
-_EXACT_LOGIT = 30.0
+#: From this logit on the other parts weigh less than 1e-17: nothing, even where a sample's variance is a
+#: million times the running one.
+_EXACT_LOGIT = 40.0
 
 
 class SwitchableNorm(RunningNorm):
@@ -104,7 +105,7 @@ class Switchable(Method):
 
     Args:
         bn_logit: where the BatchNorm logits start in a trained network (the others at 0). 3 gives
-            BatchNorm 91 % and learns; 30 and more is exact but its softmax no longer moves.
+            BatchNorm 91 % and learns; 40 and more is exact but its softmax no longer moves.
 
     """
 

@@ -106,6 +106,6 @@ def upstream_refusal(method: Method, site: NormSite) -> Refusal | None:
         return method.refuse(
             site,
             "no convolution or linear layer is known to feed it",
-            "give inputs= if the model cannot be traced, or choose frozen",
+            "choose frozen, or give inputs= if there were none" if site.calls is None else "choose frozen",
         )
     return None
