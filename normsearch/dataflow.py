@@ -120,6 +120,7 @@ def _in_graph(
             _distance(feed, node)
             or _obstacle(layer, calls[feed.target], uses)
             or _reading(layer, calls[node.target], shapes)
+            or _looked_at(model, graph, str(feed.target), str(node.target))
         )
         found[site] = _producer(prefix, str(feed.target), layer, detail, "trace")
     return found
@@ -203,6 +204,16 @@ def _reading(layer: nn.Module, calls: int, shapes: list[tuple[int, ...]]) -> str
     if isinstance(layer, nn.Linear) and {len(shape) for shape in shapes} != {2}:
         return "whether its features are the site's channels shows in a forward pass only: give inputs="
     return None
+
+
+def _looked_at(model: nn.Module, graph: fx.Graph, producer: str, site: str) -> str | None:
+    """Say who reads parameters or statistics that folding would change, beside the layers themselves."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target).rpartition(".")[0] in (producer, site):
+            return f"the model reads {node.target} elsewhere too"
+    layer = model.get_submodule(site)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return "the site has forward hooks, which would see other values" if hooked else None
 
 
 def _name(module: nn.Module) -> str:

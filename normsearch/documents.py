@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -46,6 +47,9 @@ def read_plan(text: str | bytes) -> tuple[list[tuple[NormSite, str, tuple[str, .
         where = ".".join(str(part) for part in first["loc"]) or "the text"
         raise PlanError(f"not a plan: {where}: {first['msg']}; give what Plan.to_json() wrote") from error
     paths = [site.path for site, _, _ in rows]
+    for site in (site for site, _, _ in rows):
+        if not (math.isfinite(site.eps) and site.eps >= 0):
+            raise PlanError(f"not a plan: eps {site.eps} at {site.path!r}; it is a finite number, at least 0")
     twice = {path for path in paths if paths.count(path) > 1}
     if twice:
         raise PlanError(f"not a plan: {', '.join(sorted(twice))} occurs twice; each site has one row")

@@ -147,6 +147,8 @@ class _Sums:
                 f"the outputs do not match: shapes {shapes[0]} before, {shapes[1]} after; give outputs=, a "
                 "function that picks comparable tensors from a model's output"
             )
+        if any(tensor.numel() == 0 for tensor in before):
+            raise ModelError("the outputs hold no number: the batch is empty; give at least one sample")
         if not before:
             raise ModelError("the outputs hold no floating-point tensor; give outputs= to pick one")
         for old, new in zip(before, after, strict=True):

@@ -137,6 +137,11 @@ def analyse(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(model).__name__} is compiled TorchScript, whose layers cannot be told apart; "
+            "give the nn.Module that it was made from"
+        )
     original, model = model, with_calls_lifted(model, certain=functional)
     sites = list(_walk(model))
     modules = {site.path: model.get_submodule(site.path) for site in sites}

@@ -42,7 +42,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], plan: Plan) -> dict[str
     result = dict(state_dict)
     for site, method in in_order(plan):
         if site.kind == "weight":
-            _convert_layer(result, site, method, TrainedNorm.absent(site), "")
+            _convert_layer(result, site, method, TrainedNorm.absent(site), [])
             continue
         prefixes = _prefixes(site.path, site.aliases)
         present = [prefix for prefix in prefixes if any(f"{prefix}{name}" in state_dict for name in _STATE)]
@@ -51,8 +51,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], plan: Plan) -> dict[str
                 f"the state dict has no entry for {site.path}; give one saved from the model that the plan "
                 "was made for (a wrapper's prefix such as module. must match too)"
             )
-        for prefix in present or prefixes[:1]:
-            _convert_layer(result, site, method, _trained(state_dict, prefix, site), prefix)
+        # A layer under several names is one layer: it is built, and folded into its producer, once.
+        places = present or prefixes[:1]
+        _convert_layer(result, site, method, _trained(state_dict, places[0], site), places)
     return result
 
 
@@ -73,14 +74,14 @@ def _trained(state_dict: Mapping[str, Tensor], prefix: str, site: NormSite) -> T
 
 
 def _convert_layer(
-    result: dict[str, Tensor], site: NormSite, method: Method, old: TrainedNorm, prefix: str
+    result: dict[str, Tensor], site: NormSite, method: Method, old: TrainedNorm, prefixes: list[str]
 ) -> None:
     """Replace the entries of one site, and of its producer where the method rewrites that."""
     producer = None
     if method.needs_producer and site.producer is not None:
         producer = _layer(result, site.producer)
     built = method.build(site, old, producer)
-    if site.kind != "weight":
+    for prefix in prefixes:
         for name in _STATE:
             result.pop(f"{prefix}{name}", None)
         inner = f"{prefix}norm." if site.activation is not None else prefix

@@ -304,6 +304,34 @@ def test_entry_point_and_module_agree() -> None:
         assert again.stdout == done.stdout
 
 
+def test_no_output_replaces_an_input_or_another_output(checkpoint: str, folder: Path) -> None:
+    before = Path(checkpoint).read_bytes()
+    common = [
+        "convert",
+        checkpoint,
+        "-a",
+        "torchvision/resnet18",
+        "--to",
+        "group",
+        "--input-shape",
+        "3x32x32",
+    ]
+    for words, message in (
+        ([*common, "-o", "o.safetensors", "--report", checkpoint, "--force"], "is read by this command"),
+        ([*common, "-o", "o.safetensors", "--report", "model.py"], "would be written twice"),
+        ([*common, "-o", "o.safetensors", "--report", "o.safetensors"], "would be written twice"),
+        (
+            ["plan", checkpoint, "-a", "torchvision/resnet18", "--to", "group", "-o", checkpoint, "--force"],
+            "is read by this command",
+        ),
+    ):
+        result = cli(*words, code=1)
+        assert message in " ".join(result.output.split())
+    assert Path(checkpoint).read_bytes() == before
+    assert not (folder / "o.safetensors").exists()
+    assert not (folder / "model.py").exists()
+
+
 def test_interrupt_is_clean(checkpoint: str, folder: Path) -> None:
     (folder / "slow_network.py").write_text(
         "import time\nfrom pathlib import Path\n"

@@ -475,3 +475,9 @@ def test_a_profile_is_valid_json_and_renders_as_a_table() -> None:
     assert "770" in text
     assert f"{found.latency_ms:.2f} ms" in text
     assert f"{found.peak_memory_bytes / 2**20:.1f} MiB" in text
+
+
+def test_an_empty_batch_is_an_error() -> None:
+    model = nn.Conv2d(3, 4, 3)
+    with pytest.raises(ModelError, match="the batch is empty"):
+        compare(model, model, [torch.zeros(0, 3, 5, 5)], logits=True)

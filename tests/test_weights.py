@@ -201,6 +201,50 @@ def test_never_folds_where_train_mode_reads_the_layer_differently() -> None:
     assert "train mode" in str(site.producer.detail)
 
 
+class ReadElsewhere(nn.Module):
+    """The convolution's weight is used a second time, by the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), trained((2, 4, 5, 5), dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
+
+
+class Hooked(nn.Sequential):
+    """A hook looks at what the BatchNorm is given."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), trained((2, 4, 5, 5), dtype=torch.float32))
+        self[1].register_forward_hook(lambda module, inputs, output: output + inputs[0])
+
+
+@pytest.mark.parametrize("make", [ReadElsewhere, Hooked])
+def test_never_folds_where_others_would_see_the_change(make: type[nn.Module]) -> None:
+    model, x = make().double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for spelling in ("weight", "spectral", "weight(mean_only=true)", "identity"):
+        assert distance(convert(model, [spelling, "frozen"])(x), model(x)) < 1e-12, spelling
+
+
+@pytest.mark.parametrize("spelling", EXACT)
+def test_state_dict_of_layers_with_two_names_is_folded_once(spelling: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), trained((2, 4, 5, 5), dtype=torch.float32)
+            self.seq = nn.Sequential(self.conv, self.bn)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.seq(x)
+
+    model, x = Twice().double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    plan = normsearch.plan(model, spelling)
+    converted = convert(model, plan)
+    converted.load_state_dict(normsearch.convert_state_dict(model.state_dict(), plan))
+    assert distance(converted(x), model(x)) < 1e-12
+
+
 def test_linear_layer_is_folded_only_where_its_features_are_the_channels() -> None:
     # Four tokens of four features: BatchNorm1d(4) reads the tokens as channels.
     model = nn.Sequential(nn.Linear(3, 4), trained((2, 4, 4))).double().eval()

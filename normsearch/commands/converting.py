@@ -13,7 +13,7 @@ from torch import nn
 import normsearch
 from normsearch.architectures import Architecture
 from normsearch.arguments import make_inputs, read_plan, read_to
-from normsearch.checkpoints import Checkpoint, refuse_existing, save
+from normsearch.checkpoints import Checkpoint, save
 from normsearch.commands.options import (
     Arch,
     Arguments,
@@ -28,7 +28,16 @@ from normsearch.commands.options import (
     Methods,
     Shape,
 )
-from normsearch.commands.running import OUT, fail, loaded_from, print_json, progress, reported, write_text
+from normsearch.commands.running import (
+    OUT,
+    fail,
+    loaded_from,
+    print_json,
+    progress,
+    refuse_outputs,
+    reported,
+    write_text,
+)
 from normsearch.errors import NormsearchError
 from normsearch.plans import Plan
 from normsearch.rebuilding import LAYERS, SCRIPT, scripts
@@ -75,9 +84,7 @@ def convert(
     if output is not None and not dry_run:
         # Before the work, not after it.
         beside = [output.with_name(SCRIPT), output.with_name(LAYERS)] if script else []
-        for path in (output, report, *beside):
-            if path is not None:
-                refuse_existing(path, force=force)
+        refuse_outputs([output, report, *beside], [checkpoint, plan_file, inputs], force=force)
     loaded = loaded_from(checkpoint, architecture, arguments, entry)
     if loaded.plan is not None and loaded.plan.changes:
         fail(f"{checkpoint} is converted already; convert the checkpoint that it was made from")

@@ -12,7 +12,6 @@ from rich.table import Table
 
 import normsearch
 from normsearch.arguments import make_inputs, read_to
-from normsearch.checkpoints import refuse_existing
 from normsearch.commands.options import (
     Arch,
     Arguments,
@@ -33,6 +32,7 @@ from normsearch.commands.running import (
     loaded_from,
     print_json,
     progress,
+    refuse_outputs,
     reported,
     write_text,
 )
@@ -162,7 +162,7 @@ def plan(
     if not to:
         raise typer.BadParameter("give at least one method, for example --to group", param_hint="--to")
     if output is not None:
-        refuse_existing(output, force=force)
+        refuse_outputs([output], [checkpoint, inputs], force=force)
     loaded = loaded_from(checkpoint, architecture, arguments, entry)
     with progress("planning"):
         given = make_inputs(loaded.model, input_shape, batch_size, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -15,8 +15,8 @@ from rich.markup import escape
 
 import normsearch
 from normsearch.arguments import read_architecture
-from normsearch.checkpoints import Checkpoint, load, write_atomically
-from normsearch.errors import NormsearchError
+from normsearch.checkpoints import Checkpoint, load, refuse_existing, write_atomically
+from normsearch.errors import CheckpointError, NormsearchError
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -98,3 +98,25 @@ def print_json(value: Any) -> None:
 def cell(value: object) -> str:
     """Return a value as the text of a table cell."""
     return "" if value is None else escape(str(value))
+
+
+def refuse_outputs(outputs: Sequence[Path | None], given: Sequence[Path | None], *, force: bool) -> None:
+    """Raise before any work unless every output has a place of its own; ``--force`` never replaces an input.
+
+    Raises:
+        CheckpointError: two outputs share a path, one is an input, or one exists and not ``force``.
+
+    """
+    read = {path.resolve() for path in given if path is not None}
+    seen: set[Path] = set()
+    for path in outputs:
+        if path is None:
+            continue
+        if path.resolve() in read:
+            raise CheckpointError(
+                f"{path} is read by this command and would be replaced; choose another name"
+            )
+        if path.resolve() in seen:
+            raise CheckpointError(f"{path} would be written twice by this command; choose another name")
+        seen.add(path.resolve())
+        refuse_existing(path, force=force)
