@@ -18,6 +18,7 @@ from normsearch.errors import (
 from normsearch.measurement import compare, profile
 from normsearch.methods import METHODS, Method, Refusal, parse_method
 from normsearch.plans import Explanation, Plan, explain, plan
+from normsearch.progress import Progress
 from normsearch.reports import Profile, Report
 from normsearch.sites import NormSite, find_sites
 from normsearch.state_dicts import convert_state_dict
@@ -41,6 +42,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Profile",
+    "Progress",
     "Refusal",
     "RefusedError",
     "Report",

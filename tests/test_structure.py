@@ -12,7 +12,7 @@ import normsearch
 PACKAGE = Path(normsearch.__file__).parent
 #: Lower modules first; a module imports only from its own row's left or from rows above.
 LAYERS = (
-    ("errors", "reparametrization", "layer_sources"),
+    ("errors", "progress", "reparametrization", "layer_sources"),
     ("forward", "registries"),
     ("tracing", "architectures"),
     ("moments", "observation", "memory"),

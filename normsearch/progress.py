@@ -1,0 +1,54 @@
+"""Progress: how far long work has come, for callers that want to show it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one stage of long work has come.
+
+    Attributes:
+        stage: what is being done, in a few words.
+        done: steps of the stage that are finished.
+        total: steps that the stage has at most.
+        seconds_left: estimated from the steps done so far; None before the first.
+        detail: what the last step found, for example a held-out error.
+
+    """
+
+    stage: str
+    done: int
+    total: int
+    seconds_left: float | None
+    detail: str = ""
+
+
+#: Called after each step, in the thread that works; an exception that it raises ends the work.
+OnProgress = Callable[[Progress], None]
+
+
+class Stage:
+    """One stage of ``total`` steps that reports to a callback, if there is one."""
+
+    def __init__(self, name: str, total: int, callback: OnProgress | None) -> None:
+        self._name, self._total, self._callback = name, total, callback
+        self._done = 0
+        self._start = time.monotonic()
+        self._report("")
+
+    def advance(self, detail: str = "") -> None:
+        """Count one step and report it."""
+        self._done += 1
+        self._report(detail)
+
+    def _report(self, detail: str) -> None:
+        if self._callback is None:
+            return
+        left = None
+        if self._done:
+            left = (time.monotonic() - self._start) / self._done * max(self._total - self._done, 0)
+        self._callback(Progress(self._name, self._done, self._total, left, detail))
