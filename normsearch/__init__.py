@@ -15,6 +15,7 @@ from normsearch.errors import (
     ShapeError,
     StateError,
 )
+from normsearch.lipschitz import OperatorNorms, operator_norms
 from normsearch.measurement import compare, profile
 from normsearch.methods import METHODS, Method, Refusal, parse_method
 from normsearch.plans import Explanation, Plan, explain, plan
@@ -39,6 +40,7 @@ __all__ = [
     "ModelError",
     "NormSite",
     "NormsearchError",
+    "OperatorNorms",
     "Plan",
     "PlanError",
     "Profile",
@@ -55,6 +57,7 @@ __all__ = [
     "explain",
     "find_sites",
     "load",
+    "operator_norms",
     "parse_method",
     "plan",
     "profile",

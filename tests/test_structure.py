@@ -23,7 +23,7 @@ LAYERS = (
     ("documents",),
     ("plans",),
     ("optimizers", "reports"),
-    ("surgery",),
+    ("surgery", "lipschitz"),
     ("state_dicts",),
     ("conversion", "measurement"),
     ("graph", "admission"),
