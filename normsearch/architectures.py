@@ -82,11 +82,11 @@ class Architecture:
         return hash((self.name, tuple(sorted(self.arguments))))
 
 
-def build(architecture: Architecture, *, allow_factories: bool = False) -> nn.Module:
+def build(architecture: Architecture | str, *, allow_factories: bool = False) -> nn.Module:
     """Build a network with fresh weights; nothing is downloaded and no file is read.
 
     Args:
-        architecture: what to build.
+        architecture: what to build; a name alone is built without arguments.
         allow_factories: whether ``package.module:factory`` may be imported and called. Only for names that
             the user wrote, never for one that was read from a file.
 
@@ -99,6 +99,12 @@ def build(architecture: Architecture, *, allow_factories: bool = False) -> nn.Mo
         11689512
 
     """
+    if isinstance(architecture, str):
+        architecture = Architecture(architecture)
+    if not isinstance(architecture, Architecture):
+        raise ArchitectureError(
+            f"expected an Architecture or its name, got {type(architecture).__name__}; {_FORMS}"
+        )
     call = construction(architecture, allow_factories=allow_factories)
     try:
         target: Any = importlib.import_module(call.module)

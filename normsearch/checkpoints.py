@@ -41,7 +41,7 @@ def save(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    architecture: Architecture | None = None,
+    architecture: Architecture | str | None = None,
     plan: Plan | None = None,
     force: bool = False,
 ) -> None:
@@ -72,7 +72,15 @@ def save(
         True
 
     """
-    path = Path(path)
+    path = _path(path)
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"save takes a torch.nn.Module first, got {type(model).__name__}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise CheckpointError(
+            f"plan is the Plan that converted the model, got {type(plan).__name__}; make one with "
+            "normsearch.plan(model, ...)"
+        )
+    architecture = _architecture(architecture)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: checkpoints are written as .safetensors; give such a name")
     refuse_existing(path, force=force)
@@ -122,9 +130,8 @@ def load(
         PlanError: the plan in the file is malformed or does not fit.
 
     """
-    path = Path(path)
-    if isinstance(architecture, str):
-        architecture = Architecture(architecture)
+    path = _path(path)
+    architecture = _architecture(architecture)
     admitted = admit(path, entry)
     made = record.read(admitted.metadata, path)
     if architecture is None:
@@ -133,6 +140,20 @@ def load(
     model, notes = fill(architecture, made.plan, state, str(path), allow_factories=allow_factories)
     _tie(model, made.aliases)
     return Checkpoint(model.eval(), architecture, made.plan, (*admitted.notes, *notes))
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"expected a path, got {type(path).__name__}")
+    return Path(path)
+
+
+def _architecture(given: Architecture | str | None) -> Architecture | None:
+    if isinstance(given, str):
+        return Architecture(given)
+    if given is not None and not isinstance(given, Architecture):
+        raise CheckpointError(f"architecture is an Architecture or its name, got {type(given).__name__}")
+    return given
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:

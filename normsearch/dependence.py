@@ -55,6 +55,11 @@ class Crop:
     size: int
     margin: int
 
+    def __post_init__(self) -> None:
+        for name, value in (("size", self.size), ("margin", self.margin)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < (name == "size"):
+                raise ModelError(f"Crop({name}={value!r}): give a number of pixels as a whole number")
+
 
 def batch_dependence(model: nn.Module, inputs: Any, floats: Floats) -> BatchDependence:
     """Measure it on one batch of at least three samples (fewer: nothing can be measured)."""

@@ -46,6 +46,8 @@ def read_plan(text: str | bytes) -> tuple[list[tuple[NormSite, str, tuple[str, .
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the text"
         raise PlanError(f"not a plan: {where}: {first['msg']}; give what Plan.to_json() wrote") from error
+    if not rows:
+        raise PlanError("not a plan: it has no site; give what Plan.to_json() wrote")
     paths = [site.path for site, _, _ in rows]
     for site in (site for site, _, _ in rows):
         if not (math.isfinite(site.eps) and site.eps >= 0):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from normsearch.dependence import Crop, batch_dependence, crop_dependence
 from normsearch.errors import ModelError, PlanError
@@ -51,7 +51,8 @@ def compare(
             of the whole. Needs outputs that are maps.
 
     Raises:
-        ModelError: a model fails, outputs do not match, or there is no batch.
+        ModelError: a model fails, outputs do not match, the original's outputs are not finite, or there is
+            no batch.
 
     Example:
         >>> import torch, normsearch
@@ -61,13 +62,14 @@ def compare(
         True
 
     """
+    _check_models(original, converted)
     pick = outputs or (lambda output: output)
     sums = _Sums(logits)
     first = None
     with evaluating(original), evaluating(converted):
         for inputs in batches:
             first = inputs if first is None else first
-            sums.add(_floats(pick(try_call(original, inputs))), _floats(pick(try_call(converted, inputs))))
+            sums.add(_named(pick(try_call(original, inputs))), _named(pick(try_call(converted, inputs))))
         if first is None:
             raise ModelError("compare got no batch; give at least one input")
         scores = None if metric is None else (float(metric(original)), float(metric(converted)))
@@ -109,8 +111,9 @@ def profile(model: nn.Module, inputs: Any, *, repeats: int = 10) -> Profile:
         PlanError: ``repeats`` is not positive.
 
     """
-    if repeats < 1:
-        raise PlanError(f"repeats={repeats}: give at least 1")
+    if not isinstance(repeats, int) or repeats < 1:
+        raise PlanError(f"repeats={repeats!r}: give a whole number, at least 1")
+    _check_models(model)
     with evaluating(model):
         times = []
         for turn in range(repeats + 2):
@@ -139,8 +142,14 @@ class _Sums:
         self._distance = self._norm = self._divergence = 0.0
         self._agreeing = self._predictions = 0
 
-    def add(self, before: list[Tensor], after: list[Tensor]) -> None:
-        """Add the outputs of one batch."""
+    def add(self, named_before: dict[str, Tensor], named_after: dict[str, Tensor]) -> None:
+        """Add the outputs of one batch, by their places in the output."""
+        if set(named_before) != set(named_after):
+            raise ModelError(
+                f"the outputs do not match: tensors at {sorted(named_before)} before, "
+                f"{sorted(named_after)} after; give outputs=, a function that picks comparable tensors"
+            )
+        before, after = list(named_before.values()), [named_after[name] for name in named_before]
         shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (before, after)]
         if shapes[0] != shapes[1]:
             raise ModelError(
@@ -151,6 +160,11 @@ class _Sums:
             raise ModelError("the outputs hold no number: the batch is empty; give at least one sample")
         if not before:
             raise ModelError("the outputs hold no floating-point tensor; give outputs= to pick one")
+        if not all(tensor.isfinite().all() for tensor in before):
+            raise ModelError(
+                "the original's outputs hold NaN or infinite values, to which no distance can be measured; "
+                "check the inputs, or give outputs= to pick finite ones"
+            )
         for old, new in zip(before, after, strict=True):
             self._distance += float((new.double() - old.double()).square().sum())
             self._norm += float(old.double().square().sum())
@@ -175,9 +189,24 @@ class _Sums:
         return Drift(relative, self._divergence / self._predictions, self._agreeing / self._predictions)
 
 
+def _named(output: Any) -> dict[str, Tensor]:
+    """Return the floating-point tensors in a model's output by their places in it."""
+    leaves, _ = tree_flatten_with_path(output)
+    return {
+        keystr(place): leaf.detach()
+        for place, leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    }
+
+
 def _floats(output: Any) -> list[Tensor]:
-    output = tree_map_only(Tensor, lambda tensor: tensor.detach(), output)
-    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+    return list(_named(output).values())
+
+
+def _check_models(*models: nn.Module) -> None:
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
 
 
 def _parameters(model: nn.Module) -> int:

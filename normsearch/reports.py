@@ -162,7 +162,7 @@ class Profile(_Printable):
         table.add_row(
             "latency", f"{self.latency_ms:.2f} ms ({self.latency_least_ms:.2f}-{self.latency_most_ms:.2f})"
         )
-        table.add_row("peak memory", f"{self.peak_memory_bytes / 2**20:.1f} MiB")
+        table.add_row("peak memory of activations", f"{self.peak_memory_bytes / 2**20:.1f} MiB")
         return table
 
 

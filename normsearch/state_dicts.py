@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from normsearch.dataflow import Producer
@@ -28,7 +29,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], plan: Plan) -> dict[str
         A state dict that loads strictly into the converted model; other entries are the same tensors.
 
     Raises:
-        StateError: an entry is missing or has another shape.
+        StateError: an entry is missing or has another shape, a site has no entries of its own (an
+            F.batch_norm call), or the plan names another producer than the state dict has.
 
     Example:
         >>> import torch, normsearch
@@ -40,10 +42,16 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], plan: Plan) -> dict[str
 
     """
     result = dict(state_dict)
+    rewritten: set[str] = set()
     for site, method in in_order(plan):
         if site.kind == "weight":
-            _convert_layer(result, site, method, TrainedNorm.absent(site), [])
+            _convert_layer(result, site, method, TrainedNorm.absent(site), [], rewritten)
             continue
+        if site.kind == "functional":
+            raise StateError(
+                f"{site.path} is a call of F.batch_norm, which the graph it became renamed: load the state "
+                "dict into the original model, then convert that"
+            )
         prefixes = _prefixes(site.path, site.aliases)
         present = [prefix for prefix in prefixes if any(f"{prefix}{name}" in state_dict for name in _STATE)]
         if not present and (site.affine or site.track_running_stats):
@@ -53,7 +61,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], plan: Plan) -> dict[str
             )
         # A layer under several names is one layer: it is built, and folded into its producer, once.
         places = present or prefixes[:1]
-        _convert_layer(result, site, method, _trained(state_dict, places[0], site), places)
+        _same_layer(state_dict, places, _STATE)
+        _convert_layer(result, site, method, _trained(state_dict, places[0], site), places, rewritten)
     return result
 
 
@@ -73,37 +82,73 @@ def _trained(state_dict: Mapping[str, Tensor], prefix: str, site: NormSite) -> T
     return old if site.trained is False else replace(old, trained=True)
 
 
+def _same_layer(state_dict: Mapping[str, Tensor], prefixes: list[str], names: Sequence[str]) -> None:
+    """Raise unless what the plan calls one layer under several names is one in the state dict too."""
+    for prefix in prefixes[1:]:
+        for name in names:
+            first, other = state_dict.get(f"{prefixes[0]}{name}"), state_dict.get(f"{prefix}{name}")
+            if first is not None and other is not None and not torch.equal(first, other):
+                raise StateError(
+                    f"the plan says that {prefixes[0]}{name} and {prefix}{name} are one, and the state dict "
+                    "has two; give one saved from the model that the plan was made for"
+                )
+
+
 def _convert_layer(
-    result: dict[str, Tensor], site: NormSite, method: Method, old: TrainedNorm, prefixes: list[str]
+    result: dict[str, Tensor],
+    site: NormSite,
+    method: Method,
+    old: TrainedNorm,
+    prefixes: list[str],
+    rewritten: set[str],
 ) -> None:
     """Replace the entries of one site, and of its producer where the method rewrites that."""
     producer = None
-    if method.needs_producer and site.producer is not None:
-        producer = _layer(result, site.producer)
+    if method.needs_producer and site.producer is not None and site.producer.path not in rewritten:
+        producer = _layer(result, site, site.producer)
     built = method.build(site, old, producer)
     for prefix in prefixes:
         for name in _STATE:
             result.pop(f"{prefix}{name}", None)
         inner = f"{prefix}norm." if site.activation is not None else prefix
         _write(result, inner, built.module)
-    rewritten = built.module if site.kind == "weight" else built.producer
-    if rewritten is not None and site.producer is not None:
+    new_producer = built.module if site.kind == "weight" else built.producer
+    if new_producer is not None and site.producer is not None:
+        # A layer that merely took the scale up has a weight as before and may be rewritten by another site.
+        if "weight" not in new_producer.state_dict():
+            rewritten.add(site.producer.path)
         for where in _prefixes(site.producer.path, site.producer.aliases):
             if result.pop(f"{where}weight", None) is not None:
                 result.pop(f"{where}bias", None)
-                _write(result, where, rewritten)
+                _write(result, where, new_producer)
 
 
 def _write(result: dict[str, Tensor], prefix: str, layer: nn.Module) -> None:
     result.update({f"{prefix}{name}": value.detach() for name, value in layer.state_dict().items()})
 
 
-def _layer(state_dict: Mapping[str, Tensor], producer: Producer) -> nn.Module | None:
-    """Return a layer with the producer's entries; None if its weight was rewritten already."""
-    prefix = next((p for p in _prefixes(producer.path, producer.aliases) if f"{p}weight" in state_dict), None)
-    if prefix is None:
-        return None
-    weight, bias = state_dict[f"{prefix}weight"], state_dict.get(f"{prefix}bias")
+def _layer(state_dict: Mapping[str, Tensor], site: NormSite, producer: Producer) -> nn.Module:
+    """Return a layer with the producer's entries.
+
+    Raises:
+        StateError: the state dict has no such layer, or one whose channels are not the site's.
+
+    """
+    prefixes = _prefixes(producer.path, producer.aliases)
+    present = [prefix for prefix in prefixes if f"{prefix}weight" in state_dict]
+    if not present:
+        raise StateError(
+            f"the state dict has no {prefixes[0]}weight, into which the plan folds {site.path}; give one "
+            "saved from the model that the plan was made for"
+        )
+    _same_layer(state_dict, present, ("weight", "bias"))
+    weight, bias = state_dict[f"{present[0]}weight"], state_dict.get(f"{present[0]}bias")
+    channels = weight.shape[1] * producer.groups if producer.transposed else weight.shape[0]
+    if weight.dim() < 2 or (producer.foldable and channels != site.channels):
+        raise StateError(
+            f"{present[0]}weight has shape {tuple(weight.shape)}, which does not give the {site.channels} "
+            f"channels of {site.path}; the plan or the state dict belongs to another model"
+        )
     layer: nn.Module
     if weight.dim() == 2:
         layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")

@@ -393,3 +393,37 @@ def test_plan_of_another_network_is_refused(model: nn.Module, tmp_path: Path) ->
     _with_plan(model, path, lambda rows: rows[0]["site"].update(path="nowhere"))
     with pytest.raises(PlanError, match="nowhere"):
         normsearch.load(path)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda path, model: normsearch.save(model.state_dict(), path),
+            "torch.nn.Module first, got OrderedDict",
+        ),
+        (lambda path, model: normsearch.save(model, 3), "expected a path, got int"),
+        (lambda path, model: normsearch.save(model, path, plan={"bn1": "group"}), "got dict"),
+        (lambda path, model: normsearch.save(model, path, architecture=RESNET.arguments), "got dict"),
+        (lambda path, model: normsearch.load(None), "expected a path, got NoneType"),
+        (lambda path, model: normsearch.load(path, model), "architecture is an Architecture or its name"),
+    ],
+)
+def test_arguments_of_other_types_are_named(
+    call: Any, message: str, model: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        call(tmp_path / "x.safetensors", model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_architecture_may_be_given_by_name(tmp_path: Path) -> None:
+    model = normsearch.build("timm/resnet10t").eval()
+    normsearch.save(model, tmp_path / "x.safetensors", architecture="timm/resnet10t")
+    x = torch.randn(1, 3, 64, 64)
+    assert same(model, normsearch.load(tmp_path / "x.safetensors").model, x)
+
+
+def test_build_names_what_it_cannot_take() -> None:
+    with pytest.raises(normsearch.ArchitectureError, match="got Linear"):
+        normsearch.build(nn.Linear(1, 1))  # type: ignore[arg-type]

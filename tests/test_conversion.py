@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -880,6 +881,47 @@ def test_a_root_batch_norms_state_dict_converts() -> None:
     assert set(state) == {"weight", "bias"}
     assert torch.equal(state["weight"], convert(layer, the_plan).weight)
     assert loaded is not None
+
+
+def edited(the_plan: Plan, **fields: Any) -> Plan:
+    """Return the plan as someone would edit its JSON: other fields of the last site, or of its producer."""
+    document = json.loads(the_plan.to_json())
+    site = document["rows"][-1]["site"]
+    for name, value in fields.items():
+        (site if name in site else site["producer"])[name] = value
+    return Plan.from_json(json.dumps(document))
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8))
+    return trained(nn.Sequential(*layers), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("producer", "message"), [("9", "no 9.weight"), ("0", r"shape \(6, 3, 3, 3\).* 8 channels of 3")]
+)
+def test_a_plan_with_another_producer_converts_no_state_dict(producer: str, message: str) -> None:
+    model = chain()
+    the_plan = plan(model, "identity")
+    site = json.loads(the_plan.to_json())["rows"][-1]["site"]
+    the_plan = edited(the_plan, producer=site["producer"] | {"path": producer})
+    with pytest.raises(StateError, match=message):
+        convert_state_dict(model.state_dict(), the_plan)
+
+
+def test_a_plan_that_calls_two_layers_one_converts_no_state_dict() -> None:
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)), seed=3)
+    with torch.no_grad():
+        model[2].weight.add_(1)
+    the_plan = edited(plan(model, {"2": "group"}), aliases=["1"])
+    with pytest.raises(StateError, match=r"2\.weight and 1\.weight are one"):
+        convert_state_dict(model.state_dict(), the_plan)
+
+
+def test_a_plan_without_sites_is_no_plan() -> None:
+    with pytest.raises(PlanError, match="no site"):
+        Plan.from_json('{"rows": [], "notes": []}')
 
 
 def test_entries_of_other_layers_are_the_same_tensors() -> None:

@@ -864,6 +864,27 @@ def test_a_method_that_reads_running_statistics_gets_a_note() -> None:
     assert plan(model, "batch").notes == ()
 
 
+class Attentive(nn.Module):
+    """Uses a layer's γ outside the layer, and prepares it in a method that has run already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        nn.init.ones_(self.bn.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) * self.bn.weight.abs().reshape(1, -1, 1, 1)
+
+
+def test_a_forward_that_reads_a_sites_scale_gets_a_note() -> None:
+    model = nn.Sequential(Attentive(), nn.ReLU())
+    (note,) = plan(model, "group").notes
+    assert note.startswith("Attentive.forward reads bn.weight, which holds other numbers")
+
+
 # --- nothing to convert ---------------------------------------------------------------------------
 
 

@@ -174,3 +174,10 @@ def test_rewrite_takes_graphs_only() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     with pytest.raises(normsearch.ModelError, match=r"takes a torch\.fx\.GraphModule"):
         rewrite(model, normsearch.plan(model, "group"))
+
+
+def test_a_state_dict_of_a_call_cannot_be_carried_and_says_so() -> None:
+    graph = fx.symbolic_trace(timm.create_model("mixnet_s").eval())
+    the_plan = normsearch.plan(graph, "group")
+    with pytest.raises(normsearch.StateError, match=r"call of F\.batch_norm.*convert that"):
+        normsearch.convert_state_dict(graph.state_dict(), the_plan)

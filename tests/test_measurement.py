@@ -457,7 +457,7 @@ def test_profile_counts_its_passes_and_leaves_the_model_as_it_was() -> None:
 
 
 def test_profile_needs_a_positive_number_of_repeats() -> None:
-    with pytest.raises(PlanError, match="repeats=0: give at least 1"):
+    with pytest.raises(PlanError, match="repeats=0: give a whole number, at least 1"):
         profile(Affine(), torch.ones(1), repeats=0)
 
 
@@ -481,3 +481,50 @@ def test_an_empty_batch_is_an_error() -> None:
     model = nn.Conv2d(3, 4, 3)
     with pytest.raises(ModelError, match="the batch is empty"):
         compare(model, model, [torch.zeros(0, 3, 5, 5)], logits=True)
+
+
+class Swapped(nn.Module):
+    """The same outputs in another order of keys, or under another name."""
+
+    def __init__(self, names: tuple[str, str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: x if name == "out" else 3 * x for name in self.names}
+
+
+def test_outputs_in_a_dict_are_compared_by_name_and_not_by_place() -> None:
+    report = compare(Swapped(("out", "aux")), Swapped(("aux", "out")), [torch.ones(4, 2)])
+    assert report.drift.relative_l2 == 0
+
+
+def test_outputs_with_other_names_do_not_match() -> None:
+    with pytest.raises(ModelError, match=r"\['aux'\].*before.*\['extra'\].*after"):
+        compare(Swapped(("out", "aux")), Swapped(("out", "extra")), [torch.ones(4, 2)])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_original_whose_outputs_are_not_finite_cannot_be_compared(bad: float) -> None:
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        compare(Affine(), Affine(), [torch.full((4, 2), bad)], logits=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: compare(Affine().state_dict(), Affine(), [torch.ones(1)]), "expected a torch.nn.Module"),
+        (lambda: profile("resnet18", torch.ones(1)), "expected a torch.nn.Module, got str"),
+        (lambda: Crop(8.5, 2), "Crop\\(size=8.5\\)"),
+        (lambda: Crop(0, 0), "Crop\\(size=0\\)"),
+        (lambda: Crop(8, -1), "Crop\\(margin=-1\\)"),
+    ],
+)
+def test_arguments_of_other_types_are_named(call: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        call()
+
+
+def test_repeats_are_whole_numbers() -> None:
+    with pytest.raises(PlanError, match=r"repeats=1\.5"):
+        profile(Affine(), torch.ones(1, 2), repeats=1.5)  # type: ignore[arg-type]

@@ -441,3 +441,9 @@ def test_parser_never_fails_but_by_name(text: str) -> None:
     except MethodError:
         return
     assert parse_method(str(method)) == method
+
+
+@pytest.mark.parametrize("spelling", [3, None, b"group"])
+def test_a_spelling_is_text(spelling: object) -> None:
+    with pytest.raises(MethodError, match="a method's spelling is text"):
+        parse_method(spelling)  # type: ignore[arg-type]

@@ -66,6 +66,10 @@ def parse_method(spelling: str) -> Method:
         'group(groups=8)'
 
     """
+    if not isinstance(spelling, str):
+        raise MethodError(
+            f"a method's spelling is text such as 'group(groups=8)', got {type(spelling).__name__}"
+        )
     if len(spelling) > _LONGEST:
         raise MethodError(f"a method's spelling has at most {_LONGEST} characters, got {len(spelling)}")
     match = _SPELLING.fullmatch(spelling)
