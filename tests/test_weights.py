@@ -456,3 +456,27 @@ def test_method_count() -> None:
         "spectral",
         "identity",
     }
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "linear"])
+def test_eval_after_training_finds_the_largest_singular_value(kind: str) -> None:
+    model, x = network(kind)
+    layer = convert(model, "spectral(gain=fixed)", inputs=x)[0]
+    layer.train()
+    with torch.no_grad():
+        # A weight that moved far: one power iteration does not follow.
+        layer.weight_orig.copy_(torch.randn_like(layer.weight_orig))
+        layer(x)
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) > 1.01
+        layer.eval()
+        torch.testing.assert_close(
+            torch.linalg.matrix_norm(layer.weight.flatten(1), 2), torch.ones_like(x[(0,) * x.dim()])
+        )
+
+
+def test_training_mode_without_a_step_leaves_the_exact_function_alone() -> None:
+    model, x = network("conv2d")
+    converted = convert(model, "spectral").train()
+    for _ in range(3):
+        converted(x)
+    torch.testing.assert_close(converted.eval()(x), model.eval()(x), rtol=1e-10, atol=1e-12)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,14 @@ from normsearch.methods.upstream import (
 from normsearch.reparametrization import Reparametrized, per_output, rows, shallow_copy, smallest
 from normsearch.sites import NormSite
 
-#: Power iterations when a layer is made; one more per training step keeps up with the weight from there.
-_FIRST_ITERATIONS = 30
-
 
 class SpectralNorm(Reparametrized):
     """A convolution or linear layer with weight gain_c W_c / σ(W), σ the largest singular value.
 
     W is seen as a matrix with one row per output channel. σ = uᵀ W v is followed by one power iteration at
-    each use in train mode; u and v are buffers, fixed in eval mode. Without gain, the weight's largest
-    singular value is one.
+    each use in train mode; u and v are buffers, fixed in eval mode. ``eval()`` after training makes them the
+    leading singular vectors, since one iteration per step lags behind a weight that moves. Without gain, the
+    weight's largest singular value is then one.
 
     Source: Miyato et al., 2018, arXiv:1802.05957.
     """
@@ -47,7 +45,7 @@ class SpectralNorm(Reparametrized):
         """Gain · W / σ(W)."""
         matrix = rows(self.weight_orig, self)
         if self.training:
-            self._iterate(matrix, 1)
+            self._iterate(matrix)
         # Copies, so that the next power iteration does not change what backward needs.
         left, right = self.left.clone(), self.right.clone()
         sigma = torch.dot(left, torch.mv(matrix, right)).clamp_min(smallest(matrix))
@@ -55,11 +53,32 @@ class SpectralNorm(Reparametrized):
             return self.weight_orig / sigma
         return self.weight_orig * per_output(self.gain / sigma, self, self.weight_orig)
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch modes; from train to eval, find the largest singular value exactly."""
+        if self.training and not mode:
+            self._settle()
+        return super().train(mode)
+
     @torch.no_grad()
-    def _iterate(self, matrix: Tensor, times: int) -> None:
-        for _ in range(times):
-            self.right.copy_(F.normalize(torch.mv(matrix.t(), self.left), dim=0, eps=smallest(matrix)))
-            self.left.copy_(F.normalize(torch.mv(matrix, self.right), dim=0, eps=smallest(matrix)))
+    def _iterate(self, matrix: Tensor) -> None:
+        self.right.copy_(F.normalize(torch.mv(matrix.t(), self.left), dim=0, eps=smallest(matrix)))
+        self.left.copy_(F.normalize(torch.mv(matrix, self.right), dim=0, eps=smallest(matrix)))
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Make u and v the leading singular vectors, by the smaller of W Wᵀ and Wᵀ W."""
+        matrix = rows(self.weight_orig, self)
+        # Without numbers, or with NaN among them, there is nothing to find.
+        if matrix.is_meta or not bool(matrix.isfinite().all()):
+            return
+        wide = matrix.shape[0] <= matrix.shape[1]
+        small = (matrix if wide else matrix.t()).double()
+        leading = torch.linalg.eigh(small @ small.t()).eigenvectors[:, -1]
+        other = F.normalize(small.t() @ leading, dim=0, eps=smallest(small))
+        for buffer, vector in zip(
+            (self.left, self.right), (leading, other)[:: 1 if wide else -1], strict=True
+        ):
+            buffer.copy_(vector)
 
     @classmethod
     def normalized(cls, layer: nn.Module, scale: Tensor | None, *, gain: bool) -> SpectralNorm:
@@ -74,13 +93,11 @@ class SpectralNorm(Reparametrized):
         new = cls.of(layer)
         weight = layer.get_parameter("weight")
         matrix = rows(weight.detach(), layer)
-        # Always the same start: a conversion gives the same layer twice.
-        start = torch.linspace(1, 2, matrix.shape[0], device=weight.device, dtype=weight.dtype)
         new.register_parameter("weight_orig", weight)
         new.register_parameter("gain", None)
-        new.register_buffer("left", F.normalize(start, dim=0))
+        new.register_buffer("left", torch.zeros_like(matrix[:, 0]))
         new.register_buffer("right", torch.zeros_like(matrix[0]))
-        new._iterate(matrix, _FIRST_ITERATIONS)
+        new._settle()
         if gain:
             sigma = torch.dot(new.left, torch.mv(matrix, new.right)).clamp_min(smallest(matrix))
             value = sigma.double() * (torch.ones_like(new.left).double() if scale is None else scale)
