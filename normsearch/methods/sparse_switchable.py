@@ -1,0 +1,225 @@
+"""Sparse switchable normalization: a mixture that ends as one of its parts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normsearch.errors import MethodError
+from normsearch.methods.base import Built, Method, TrainedNorm
+from normsearch.methods.group import affine_note
+from normsearch.methods.running import RunningNorm, check_input
+from normsearch.methods.switchable import BATCH, LAYER, expected_mixture, mixture_rule
+from normsearch.moments import normalize
+from normsearch.sites import NormSite
+
+#: Distance of the triangle's corners, and of the middles of its edges, from its centre (⅓, ⅓, ⅓).
+CORNER, EDGE = math.sqrt(2 / 3), math.sqrt(1 / 6)
+
+#: BatchNorm's share at the start in a trained network, as much as ``switchable`` gives it.
+_BATCH_SHARE = 0.9
+
+
+def sparsemax(logits: Tensor) -> Tensor:
+    """Return the point of the simplex p ≥ 0, Σp = 1 that is closest to ``logits``.
+
+    Source: Martins and Astudillo, 2016, arXiv:1602.02068.
+
+    Example:
+        >>> sparsemax(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([0.0000, 0.2500, 0.7500])
+
+    """
+    ordered = logits.sort(descending=True).values
+    counts = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
+    # The threshold is the largest of those that each number of survivors would have.
+    return (logits - ((ordered.cumsum(0) - 1) / counts).amax(0)).clamp_min(0)
+
+
+def sparsestmax(logits: Tensor, radius: Tensor) -> Tensor:
+    """Return the point of the simplex of three that is closest to ``logits`` and ``radius`` from its centre.
+
+    At radius 0 this is sparsemax, at √(2/3) the corner of the largest logit; in between it leads from one to
+    the other, first outwards to the circle, then along the edge that the circle crosses.
+
+    Args:
+        logits: three numbers.
+        radius: a scalar from 0 to √(2/3).
+
+    Source: Shao et al., 2019, arXiv:1903.03793.
+
+    Example:
+        >>> logits = torch.tensor([0.2, 0.3, 0.5])
+        >>> [sparsestmax(logits, torch.tensor(r)).tolist() for r in (0.0, CORNER)]
+        [[0.20000000298023224, 0.30000001192092896, 0.5], [0.0, 0.0, 1.0]]
+
+    """
+    centre, least = 1 / 3, torch.finfo(logits.dtype).eps
+    p = sparsemax(logits)
+    away = p - centre
+    distance = away.square().sum().clamp_min(least**2).sqrt()
+    # From the very centre all directions are as good: BatchNorm's is taken.
+    towards_batch = F.one_hot(torch.full_like(p[0], BATCH, dtype=torch.long), 3).to(p.dtype) - centre
+    direction = torch.where(distance > least, away / distance, towards_batch / CORNER)
+    outwards = torch.where(distance < radius, centre + radius * direction, p)
+    # Outside the triangle the closest point lies on an edge: where the circle crosses it.
+    middle = (1 - F.one_hot(outwards.argmin(0), 3).to(p.dtype)) / 2
+    along = sparsemax(outwards) - middle
+    reach = (radius.square() - EDGE**2).clamp_min(least**2).sqrt()
+    edge = middle + reach * along / along.square().sum().clamp_min(least**2).sqrt()
+    inside = torch.where(outwards.amin(0) < 0, edge, outwards)
+    corner = F.one_hot(logits.argmax(0), 3).to(p.dtype)
+    return torch.where(radius < CORNER * (1 - least), inside, corner)
+
+
+class SparseSwitchableNorm(RunningNorm):
+    """A learned mixture of instance, layer and batch statistics that ends as one of them.
+
+    y = γ (x − Σ w_k μ_k) / √(Σ w'_k σ²_k + eps) + β over k = IN, LN, BN with w, w' from three logits each by
+    sparsestmax, equal at the start. In training the radius grows from 0 to √(2/3) over ``steps`` steps; from
+    there on both mixtures are one-hot. BN's part uses the batch in training and the running statistics in
+    eval. Where a map has one element, or the input is (N, C), IN's mean is x itself and its variance 0. The
+    logits learn best at ten times the learning rate and without weight decay.
+
+    Args:
+        num_features: C of an input (N, C) or (N, C, *spatial).
+        eps: added to the mixed variance.
+        momentum: step of the running statistics; None means a cumulative average.
+        affine: whether there are γ and β of shape (C,).
+        track_running_stats: whether eval mode uses running statistics; else the batch's.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        steps: training steps until the mixtures are one-hot.
+
+    Source: Shao et al., 2019, arXiv:1903.03793.
+
+    Example:
+        >>> layer = SparseSwitchableNorm(8, steps=1)
+        >>> layer(torch.randn(4, 8, 5, 5)).shape, [w.tolist() for w in layer.mixtures()]
+        (torch.Size([4, 8, 5, 5]), [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+
+    """
+
+    sparse_step: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        steps: int = 10_000,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.steps = steps
+        self.mean_logits = nn.Parameter(torch.empty(3, device=device, dtype=dtype))
+        self.var_logits = nn.Parameter(torch.empty(3, device=device, dtype=dtype))
+        self.register_buffer("sparse_step", torch.empty((), dtype=torch.long, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Reset the statistics, γ, β and the schedule, and make the three parts equal."""
+        super().reset_parameters()
+        self.sparse_step.zero_()
+        nn.init.zeros_(self.mean_logits)
+        nn.init.zeros_(self.var_logits)
+
+    def radius(self) -> Tensor:
+        """Return the least distance of the mixtures from equal parts at the current step."""
+        return CORNER * (self.sparse_step.double() / self.steps).clamp_max(1)
+
+    def mixtures(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return the weights of IN, LN and BN in the mean and in the variance."""
+        radius = self.radius().to(dtype)
+        return (
+            sparsestmax(self.mean_logits.to(dtype), radius),
+            sparsestmax(self.var_logits.to(dtype), radius),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (N, C, *spatial)."""
+        check_input(self, x, self.num_features)
+        y, statistics = normalize(x, self._rule)
+        if statistics is not None:
+            mean, variance, count = statistics
+            self.update(mean, variance, count * x.shape[2:].numel())
+        if self.training:
+            self.sparse_step.add_(1)
+        return y
+
+    def _rule(
+        self, mean: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
+        return mixture_rule(self, mean, variance, *self.mixtures(mean.dtype))
+
+    def extra_repr(self) -> str:
+        """Print what torch's layers print, and the schedule."""
+        return f"{super().extra_repr()}, steps={self.steps}"
+
+
+@dataclass(frozen=True)
+class SparseSwitchable(Method):
+    """Learn per layer which one of instance, layer and batch statistics to use, and choose by the end.
+
+    A trained BatchNorm starts with BatchNorm at 90 %, as ``switchable`` does.
+
+    Args:
+        steps: training steps until every layer has chosen.
+
+    """
+
+    name = "sparse_switchable"
+    title = "Sparse Switchable Normalization"
+    citation = "Shao et al., 2019, arXiv:1903.03793"
+    batch_independent = False
+
+    steps: int = 10_000
+
+    def validate(self) -> None:
+        """Check the number of steps."""
+        if self.steps < 1:
+            raise MethodError(f"sparse_switchable(steps={self.steps}): steps must be at least 1")
+
+    @property
+    def exact(self) -> bool:
+        """The other parts weigh something at the start."""
+        return False
+
+    def notes(self, site: NormSite) -> tuple[str, ...]:
+        """Say where an affine is added, and where BatchNorm does not lead."""
+        if not site.track_running_stats:
+            return ("no running statistics: the three parts start equal",)
+        return affine_note(site)
+
+    @torch.no_grad()
+    def build(self, site: NormSite, old: TrainedNorm, producer: nn.Module | None = None) -> Built:
+        """Return a ``SparseSwitchableNorm`` with the expected mixture of running statistics folded."""
+        layer = SparseSwitchableNorm(
+            old.channels,
+            old.eps,
+            old.momentum,
+            old.needs_affine,
+            site.track_running_stats,
+            **old.factory,
+            steps=self.steps,
+        )
+        layer.take_over(old)
+        if old.trained:
+            # On the simplex sparsemax is the identity: the logits are the weights themselves.
+            weights = torch.full((3,), (1 - _BATCH_SHARE) / 2, dtype=torch.float64)
+            weights[BATCH] = _BATCH_SHARE
+            layer.mean_logits.copy_(weights)
+            layer.var_logits.copy_(weights)
+            old.fold(layer, *expected_mixture(old, float(weights[LAYER])))
+        for logits in (layer.mean_logits, layer.var_logits):
+            logits.requires_grad_(old.trainable)
+        return Built(layer)
