@@ -60,20 +60,20 @@ def sparsestmax(logits: Tensor, radius: Tensor) -> Tensor:
 
     """
     centre, least = 1 / 3, torch.finfo(logits.dtype).eps
+    # Of equal logits the last one leads: BatchNorm's, then LN's.
+    corner = F.one_hot(2 - logits.flip(0).argmax(0), 3).to(logits.dtype)
     p = sparsemax(logits)
     away = p - centre
     distance = away.square().sum().clamp_min(least**2).sqrt()
-    # From the very centre all directions are as good: BatchNorm's is taken.
-    towards_batch = F.one_hot(torch.full_like(p[0], BATCH, dtype=torch.long), 3).to(p.dtype) - centre
-    direction = torch.where(distance > least, away / distance, towards_batch / CORNER)
+    direction = torch.where(distance > least, away / distance, (corner - centre) / CORNER)
     outwards = torch.where(distance < radius, centre + radius * direction, p)
     # Outside the triangle the closest point lies on an edge: where the circle crosses it.
     middle = (1 - F.one_hot(outwards.argmin(0), 3).to(p.dtype)) / 2
     along = sparsemax(outwards) - middle
+    length = along.square().sum().clamp_min(least**2).sqrt()
     reach = (radius.square() - EDGE**2).clamp_min(least**2).sqrt()
-    edge = middle + reach * along / along.square().sum().clamp_min(least**2).sqrt()
+    edge = middle + reach * torch.where(length > least, along / length, (corner - middle) / math.sqrt(0.5))
     inside = torch.where(outwards.amin(0) < 0, edge, outwards)
-    corner = F.one_hot(logits.argmax(0), 3).to(p.dtype)
     return torch.where(radius < CORNER * (1 - least), inside, corner)
 
 
