@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from normsearch.errors import MethodError
 from normsearch.methods.base import Built, Method, TrainedNorm
@@ -26,7 +25,10 @@ _BATCH_SHARE = 0.9
 
 
 def sparsemax(logits: Tensor) -> Tensor:
-    """Return the point of the simplex p ≥ 0, Σp = 1 that is closest to ``logits``.
+    """Return the point of the simplex p ≥ 0, Σp = 1 that is closest to three logits.
+
+    Args:
+        logits: shape (..., 3).
 
     Source: Martins and Astudillo, 2016, arXiv:1602.02068.
 
@@ -35,46 +37,45 @@ def sparsemax(logits: Tensor) -> Tensor:
         tensor([0.0000, 0.2500, 0.7500])
 
     """
-    ordered = logits.sort(descending=True).values
-    counts = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
-    # The threshold is the largest of those that each number of survivors would have.
-    return (logits - ((ordered.cumsum(0) - 1) / counts).amax(0)).clamp_min(0)
+    total, most, least = (part(logits, -1, keepdim=True) for part in (torch.sum, torch.amax, torch.amin))
+    # The threshold is the largest of those that one, two and three survivors would have.
+    threshold = torch.maximum(torch.maximum(most - 1, (total - least - 1) / 2), (total - 1) / 3)
+    return (logits - threshold).clamp_min(0)
 
 
 def sparsestmax(logits: Tensor, radius: Tensor) -> Tensor:
-    """Return the point of the simplex of three that is closest to ``logits`` and ``radius`` from its centre.
+    """Return the points of the simplex of three closest to ``logits`` and ``radius`` from its centre.
 
     At radius 0 this is sparsemax, at √(2/3) the corner of the largest logit; in between it leads from one to
     the other, first outwards to the circle, then along the edge that the circle crosses.
 
     Args:
-        logits: three numbers.
+        logits: shape (..., 3). Of equal ones the last leads: BatchNorm's, then LN's.
         radius: a scalar from 0 to √(2/3).
 
     Source: Shao et al., 2019, arXiv:1903.03793.
 
     Example:
         >>> logits = torch.tensor([0.2, 0.3, 0.5])
-        >>> [sparsestmax(logits, torch.tensor(r)).tolist() for r in (0.0, CORNER)]
-        [[0.20000000298023224, 0.30000001192092896, 0.5], [0.0, 0.0, 1.0]]
+        >>> [sparsestmax(logits, torch.tensor(r)) for r in (0.0, CORNER)]
+        [tensor([0.2000, 0.3000, 0.5000]), tensor([0., 0., 1.])]
 
     """
-    centre, least = 1 / 3, torch.finfo(logits.dtype).eps
-    # Of equal logits the last one leads: BatchNorm's, then LN's.
-    corner = F.one_hot(2 - logits.flip(0).argmax(0), 3).to(logits.dtype)
+    centre, tiny = 1 / 3, torch.finfo(logits.dtype).eps
+    places = torch.arange(3, device=logits.device)
+    corner = (places == 2 - logits.flip(-1).argmax(-1, keepdim=True)).to(logits.dtype)
     p = sparsemax(logits)
-    away = p - centre
-    distance = away.square().sum().clamp_min(least**2).sqrt()
-    direction = torch.where(distance > least, away / distance, (corner - centre) / CORNER)
-    outwards = torch.where(distance < radius, centre + radius * direction, p)
-    # Outside the triangle the closest point lies on an edge: where the circle crosses it.
-    middle = (1 - F.one_hot(outwards.argmin(0), 3).to(p.dtype)) / 2
-    along = sparsemax(outwards) - middle
-    length = along.square().sum().clamp_min(least**2).sqrt()
-    reach = (radius.square() - EDGE**2).clamp_min(least**2).sqrt()
-    edge = middle + reach * torch.where(length > least, along / length, (corner - middle) / math.sqrt(0.5))
-    inside = torch.where(outwards.amin(0) < 0, edge, outwards)
-    return torch.where(radius < CORNER * (1 - least), inside, corner)
+    # At the very centre all directions are as good: a push towards the corner decides.
+    away = p - centre + tiny * (corner - centre)
+    growth = radius / torch.linalg.vector_norm(away, dim=-1, keepdim=True)
+    outwards = torch.where(growth > 1, centre + away * growth, p)
+    lowest = outwards.amin(-1, keepdim=True)
+    # Outside the triangle: on the edge q = (½ + t, ½ − t, 0), whose distance is √(1/6 + 2t²). There, and in
+    # the corner, only a change of the leading logits moves anything.
+    t = ((radius.square() - EDGE**2) / 2).clamp_min(0).sqrt()
+    edge = torch.where(outwards > lowest, 0.5 - t, 0.0) * (1 - corner) + (0.5 + t) * corner
+    fixed = torch.where(radius < CORNER * (1 - tiny), edge, corner).detach()
+    return torch.where((lowest < 0) | (radius >= CORNER * (1 - tiny)), fixed, outwards)
 
 
 class SparseSwitchableNorm(RunningNorm):
@@ -139,11 +140,9 @@ class SparseSwitchableNorm(RunningNorm):
 
     def mixtures(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return the weights of IN, LN and BN in the mean and in the variance."""
-        radius = self.radius().to(dtype)
-        return (
-            sparsestmax(self.mean_logits.to(dtype), radius),
-            sparsestmax(self.var_logits.to(dtype), radius),
-        )
+        logits = torch.stack([self.mean_logits, self.var_logits]).to(dtype)
+        of_mean, of_var = sparsestmax(logits, self.radius().to(dtype)).unbind()
+        return of_mean, of_var
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (N, C, *spatial)."""
