@@ -97,7 +97,7 @@ def _in_graph(
         site = paths.get(id(module))
         if site is None:
             continue
-        readers = [user for user in node.users if not asks_for_metadata(user)]
+        readers = _readers(node, modules)
         for reader in readers:
             act = modules.get(reader)
             if act is not None and _is_activation(act):
@@ -120,6 +120,16 @@ def _in_graph(
                 why = "it is a call in a forward method, not a module"
                 yield site, Activation(path="", layer=layer, removable=False, detail=why)
                 break
+
+
+def _readers(node: fx.Node, modules: Mapping[fx.Node, nn.Module]) -> list[fx.Node]:
+    """Return what reads a value, past modules that do nothing (timm's drop_block where there is none)."""
+    readers = [user for user in node.users if not asks_for_metadata(user)]
+    while len(readers) == 1 and type(modules.get(readers[0])) is nn.Identity:
+        if _hooks(modules[readers[0]], "it"):
+            return readers
+        readers = [user for user in readers[0].users if not asks_for_metadata(user)]
+    return readers
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -237,6 +237,14 @@ def test_activation_stays_where_it_is_not_proved_to_be_the_sites_alone(
 
 
 @pytest.mark.parametrize("spelling", ["filter_response", "evonorm_s0"])
+def test_modules_that_do_nothing_are_looked_through(spelling: str) -> None:
+    model, _ = as_expected(6, nn.Sequential(nn.Identity(), nn.Identity(), nn.ReLU()))
+    assert isinstance(convert(model, spelling)[2][2], nn.Identity)
+    model[2][0].register_forward_hook(lambda module, inputs, output: output - 1)
+    assert isinstance(convert(model, spelling)[2][2], nn.ReLU)
+
+
+@pytest.mark.parametrize("spelling", ["filter_response", "evonorm_s0"])
 def test_fused_activation_is_taken_over_without_a_trace(spelling: str) -> None:
     class Fused(nn.Module):
         def __init__(self) -> None:
