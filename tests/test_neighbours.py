@@ -335,8 +335,11 @@ def test_maps_of_one_element_are_refused_by_name_and_at_run_time(spelling: str) 
     with pytest.raises(RefusedError, match=rf"1: {spelling} refused: .*element"):
         plan(model, spelling, inputs=x)
     assert "unknown: checked at run time" in plan(model, spelling).rows[0].notes[-1]
-    with pytest.raises(ShapeError, match="more than one element per sample and channel"):
+    with pytest.raises(ShapeError, match=rf"^1: {spelling} got an input of shape \(2, 4, 1, 1\)"):
         convert(model, spelling)(x)
+    layer = {"filter_response": FilterResponseNorm, "ibn": InstanceBatchNorm}[spelling](4)
+    with pytest.raises(ShapeError, match="more than one element per sample and channel"):
+        layer(torch.randn(2, 4, 1, 1))
 
 
 # --- ghost, ibn -----------------------------------------------------------------------------------

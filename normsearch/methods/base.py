@@ -385,10 +385,17 @@ class ElementGuard:
     shape was not known when the model was converted.
     """
 
-    def __init__(self, site: str, method: str, channels_per_group: int) -> None:
+    def __init__(
+        self,
+        site: str,
+        method: str,
+        channels_per_group: int,
+        consequence: str = "whose output would be constant",
+    ) -> None:
         self.site = site
         self.method = method
         self.channels_per_group = channels_per_group
+        self.consequence = consequence
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Check the shape of the layer's input.
@@ -398,9 +405,10 @@ class ElementGuard:
 
         """
         shape = inputs[0].shape
-        if self.channels_per_group * shape[2:].numel() == 1:
+        # What has no channels is for the layer itself to refuse.
+        if len(shape) > 1 and self.channels_per_group * shape[2:].numel() == 1:
             raise ShapeError(
                 f"{self.site}: {self.method} got an input of shape {tuple(shape)}, one element per group, "
-                "whose output would be constant; choose layer, group or frozen for this site "
+                f"{self.consequence}; choose layer, group or frozen for this site "
                 "(plan(model, ..., inputs=example) refuses such sites where the forward pass reaches them)"
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normsearch.errors import MethodError, ShapeError
-from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
+from normsearch.methods.base import Built, ElementGuard, Method, Refusal, TrainedNorm
 from normsearch.methods.filter_response import activation_note
 from normsearch.methods.group import affine_note, group_statistics, groups_note, number_of_groups
 from normsearch.methods.running import check_input, make_affine, reset_affine
@@ -171,6 +171,9 @@ class EvoNorm(Method):
         groups = number_of_groups(old.channels, self.groups)
         layer = EvoNormS0(old.channels, groups, old.eps, affine=old.needs_affine, **old.factory)
         layer.v.requires_grad_(old.trainable)
+        if old.channels == groups and site.fewest_elements is None:
+            consequence = "which has no deviation to divide by"
+            layer.register_forward_pre_hook(ElementGuard(site.path, str(self), 1, consequence))
         if not self.absorbs(site):
             self._start_linear(layer, old)
             return Built(layer)

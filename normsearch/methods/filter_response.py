@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normsearch.errors import ShapeError
-from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
+from normsearch.methods.base import Built, ElementGuard, Method, Refusal, TrainedNorm
 from normsearch.methods.group import affine_note
 from normsearch.methods.running import check_input, make_affine, reset_affine
 from normsearch.moments import normalize
@@ -176,6 +176,9 @@ class FilterResponse(Method):
             old.fold(layer, torch.zeros_like(mean), variance + mean.square())
         if layer.tau is not None:
             layer.tau.requires_grad_(old.trainable)
+        if site.fewest_elements is None:
+            consequence = "of which little more than the sign would be left"
+            layer.register_forward_pre_hook(ElementGuard(site.path, str(self), 1, consequence))
         return Built(layer)
 
 

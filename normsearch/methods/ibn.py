@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normsearch.errors import ShapeError
-from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
+from normsearch.methods.base import Built, ElementGuard, Method, Refusal, TrainedNorm
 from normsearch.methods.running import RunningNorm, check_input
 from normsearch.moments import normalize
 from normsearch.sites import NormSite
@@ -132,4 +132,7 @@ class InstanceBatch(Method):
             old.channels, old.eps, old.momentum, old.has_affine, site.track_running_stats, **old.factory
         )
         layer.take_over(old)
+        if site.fewest_elements is None:
+            consequence = "which leaves half of the channels constant"
+            layer.register_forward_pre_hook(ElementGuard(site.path, str(self), 1, consequence))
         return Built(layer)
