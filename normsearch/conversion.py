@@ -147,7 +147,7 @@ def _checked(the_plan: Plan, model: nn.Module) -> Plan:
                     f"the plan expects {name} {planned} at {site.path!r}, the model has {given}; "
                     "use a plan made for this model"
                 )
-        if method.needs_producer:
+        if method.rewrites_producer(site):
             _check_producer(site, here)
         if method.absorbs(site):
             _check_activation(site, here)

@@ -78,7 +78,7 @@ def _convert_layer(
 ) -> None:
     """Replace the entries of one site, and of its producer where the method rewrites that."""
     producer = None
-    if method.needs_producer and site.producer is not None:
+    if method.rewrites_producer(site) and site.producer is not None:
         producer = _layer(result, site.producer)
     built = method.build(site, old, producer)
     for prefix in prefixes:

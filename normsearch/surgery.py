@@ -38,7 +38,7 @@ def in_order(plan: Plan) -> list[tuple[NormSite, Method]]:
 
 
 def _folds(site: NormSite, method: Method) -> bool:
-    return method.needs_producer and site.producer is not None and site.producer.foldable
+    return method.rewrites_producer(site) and site.producer is not None and site.producer.foldable
 
 
 def replace_layers(
@@ -81,7 +81,7 @@ def replace_layers(
 def _producer(
     site: NormSite, method: Method, model: nn.Module, new: Mapping[int, tuple[nn.Module, nn.Module]]
 ) -> nn.Module | None:
-    if not method.needs_producer or site.producer is None or not site.producer.plain:
+    if not method.rewrites_producer(site) or site.producer is None or not site.producer.plain:
         return None
     layer = model.get_submodule(site.producer.path)
     if id(layer) in new:

@@ -397,6 +397,17 @@ def test_layer_that_forgets_its_arguments_is_an_error() -> None:
         scripts(model, architecture, plan, "w.safetensors")
 
 
+def test_script_names_a_layer_before_a_site_only_where_it_was_rewritten() -> None:
+    # The stem's ReLU is its own; those of the blocks are shared, and stay.
+    model, architecture, plan = _converted(
+        {"bn1": "evonorm_s0", "layer1.0.*": "evonorm_s0"}, "torchvision/resnet18"
+    )
+    build = scripts(model, architecture, plan, "w.safetensors")[SCRIPT].partition("return model")[0]
+    assert build.count("register_parameter('bias'") == build.count("nn.Identity()") == 1
+    assert "model.set_submodule('relu', nn.Identity())" in build
+    assert build.count("EvoNormS0(64, groups=4)") == 3
+
+
 def test_layer_changed_afterwards_is_an_error() -> None:
     model, architecture, plan = _converted({"bn1": "rms", "*": "batch"}, "torchvision/resnet18")
     model.bn1.extra = "set by hand"

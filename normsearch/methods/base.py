@@ -282,6 +282,10 @@ class Method(ABC):
         """Whether it must know which layer feeds the site, whose weight it may rewrite."""
         return False
 
+    def rewrites_producer(self, site: NormSite) -> bool:
+        """Whether it rewrites the layer that feeds this site, where that is known."""
+        return self.needs_producer
+
     @property
     def needs_dataflow(self) -> bool:
         """Whether it must know what stands before or after the site."""

@@ -148,6 +148,10 @@ class EvoNorm(Method):
         known = act is not None and act.removable and act.layer in _SHARPNESS
         return known and foldable(site) and site.track_running_stats
 
+    def rewrites_producer(self, site: NormSite) -> bool:
+        """Only where it takes the place of the activation."""
+        return self.absorbs(site)
+
     def refusal(self, site: NormSite) -> Refusal | None:
         """Refuse where a group is a single element, whose deviation is 0."""
         if site.channels is None or site.fewest_elements is None:
