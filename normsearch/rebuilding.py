@@ -198,8 +198,12 @@ def _write_changes(writer: _Writer, model: nn.Module, plan: Plan | None) -> None
                 "use normsearch.load"
             )
         writer.put(site.path, modules[site.path], fused=site.activation is not None)
-        if method.needs_producer and site.producer is not None and site.producer.path != site.path:
-            writer.put_producer(site.producer.path, modules[site.producer.path])
+        act = site.followed_by
+        if method.absorbs(site) and act is not None and not act.inside:
+            writer.put(act.path, modules[act.path])
+        feed = site.producer
+        if method.rewrites_producer(site) and feed is not None and feed.path != site.path:
+            writer.put_producer(feed.path, modules[feed.path])
     writer.check_containers(model)
 
 

@@ -104,7 +104,7 @@ def _convert_layer(
 ) -> None:
     """Replace the entries of one site, and of its producer where the method rewrites that."""
     producer = None
-    if method.needs_producer and site.producer is not None and site.producer.path not in rewritten:
+    if method.rewrites_producer(site) and site.producer is not None and site.producer.path not in rewritten:
         producer = _layer(result, site, site.producer)
     built = method.build(site, old, producer)
     for prefix in prefixes:

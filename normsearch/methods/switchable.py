@@ -82,21 +82,35 @@ class SwitchableNorm(RunningNorm):
     def _rule(
         self, mean: Tensor, variance: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
-        statistics = self.batch_statistics(mean, variance) if self.uses_batch else None
-        batch = self.running() if statistics is None else statistics[:2]
-        layer = group_moments(mean, variance, 1)
-        mixed_mean, mixed_var = (
-            weights[INSTANCE] * own + weights[LAYER] * whole + weights[BATCH] * of_batch
-            for weights, own, whole, of_batch in zip(
-                (self.mean_logits.to(mean.dtype).softmax(0), self.var_logits.to(mean.dtype).softmax(0)),
-                (mean, variance),
-                layer,
-                batch,
-                strict=True,
-            )
+        of_mean, of_var = (logits.to(mean.dtype).softmax(0) for logits in (self.mean_logits, self.var_logits))
+        return mixture_rule(self, mean, variance, of_mean, of_var)
+
+
+def mixture_rule(
+    layer: RunningNorm, mean: Tensor, variance: Tensor, of_mean: Tensor, of_var: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
+    """Return the scale and shift that normalize by mixed statistics, and the statistics of the batch.
+
+    y = γ (x − Σ w_k μ_k) / √(Σ w'_k σ²_k + eps) + β.
+
+    Args:
+        layer: γ, β, eps and the running statistics.
+        mean: per-(sample, channel) means, shape (N, C).
+        variance: per-(sample, channel) variances, shape (N, C).
+        of_mean: w, the weights of IN's, LN's and BN's mean.
+        of_var: w', those of their variances.
+
+    """
+    statistics = layer.batch_statistics(mean, variance) if layer.uses_batch else None
+    batch = layer.running() if statistics is None else statistics[:2]
+    mixed_mean, mixed_var = (
+        weights[INSTANCE] * own + weights[LAYER] * whole + weights[BATCH] * of_batch
+        for weights, own, whole, of_batch in zip(
+            (of_mean, of_var), (mean, variance), group_moments(mean, variance, 1), batch, strict=True
         )
-        scale = self.scaled((mixed_var + self.eps).rsqrt())
-        return scale, self.shifted((mean - mixed_mean) * scale), statistics
+    )
+    scale = layer.scaled((mixed_var + layer.eps).rsqrt())
+    return scale, layer.shifted((mean - mixed_mean) * scale), statistics
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,8 @@ class Switchable(Method):
 
     Args:
         bn_logit: where the BatchNorm logits start in a trained network (the others at 0). 3 gives
-            BatchNorm 91 % and learns; 40 and more is exact but its softmax no longer moves.
+            BatchNorm 91 % and learns; 40 and more is exact where there are running statistics, but its
+            softmax no longer moves.
 
     """
 
@@ -126,8 +141,14 @@ class Switchable(Method):
         """Only where the BatchNorm logit leaves nothing to the others."""
         return self.bn_logit >= _EXACT_LOGIT
 
+    def exact_at(self, site: NormSite) -> bool:
+        """Only with running statistics: without, nothing tells a trained layer, and the parts start equal."""
+        return self.exact and site.track_running_stats
+
     def notes(self, site: NormSite) -> tuple[str, ...]:
-        """Say where an affine is added."""
+        """Say where an affine is added, and where BatchNorm does not lead."""
+        if not site.track_running_stats:
+            return ("no running statistics: the three parts start equal, whatever bn_logit is",)
         return affine_note(site)
 
     @torch.no_grad()
@@ -139,16 +160,30 @@ class Switchable(Method):
         layer.take_over(old)
         if old.trained:
             logits = torch.zeros(3, dtype=torch.float64)
-            logits[BATCH] = self.bn_logit
+            logits[BATCH] = self.bn_logit + (_excess(old) if self.exact else 0.0)
             layer.mean_logits.copy_(logits)
             layer.var_logits.copy_(logits)
-            # Instance and batch statistics are both expected at the running ones.
-            share = logits.softmax(0)[LAYER]
-            expected = (
-                (1 - share) * own + share * whole
-                for own, whole in zip(old.statistics(), group_statistics(old, 1), strict=True)
-            )
-            old.fold(layer, *expected)
+            old.fold(layer, *expected_mixture(old, float(logits.softmax(0)[LAYER])))
         for logits_parameter in (layer.mean_logits, layer.var_logits):
             logits_parameter.requires_grad_(old.trainable)
         return Built(layer)
+
+
+def expected_mixture(old: TrainedNorm, share: float) -> tuple[Tensor, Tensor]:
+    """Return the moments to expect where LN weighs ``share`` and IN's and BN's are the running ones."""
+    mean, variance = (
+        (1 - share) * own + share * whole
+        for own, whole in zip(old.statistics(), group_statistics(old, 1), strict=True)
+    )
+    return mean, variance
+
+
+def _excess(old: TrainedNorm) -> float:
+    """Return the logarithm of how far LN's statistics exceed those of the quietest channel.
+
+    Added to the logit, it leaves LN's part as small where channels differ by orders of magnitude.
+    """
+    own, (centre, spread) = old.statistics(), group_statistics(old, 1)
+    variance = own[1] + old.eps
+    ratio = torch.maximum((spread + old.eps) / variance, (centre - own[0]).abs() / variance.sqrt())
+    return float(ratio.max().clamp_min(1).log())
