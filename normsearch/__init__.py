@@ -12,6 +12,7 @@ from normsearch.errors import (
     NormsearchError,
     PlanError,
     RefusedError,
+    ReportError,
     ShapeError,
     StateError,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "Refusal",
     "RefusedError",
     "Report",
+    "ReportError",
     "ShapeError",
     "StateError",
     "build",

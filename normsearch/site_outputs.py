@@ -87,10 +87,10 @@ def site_drift(
         [('1', True)]
 
     """
-    # An F.batch_norm call has an output to look at once it is a layer of the graph.
-    before = with_calls_lifted(original)
     if sites is None:
         sites = analyse(original, None, dataflow=False)
+    # An F.batch_norm call has an output to look at once it is a layer of the graph.
+    before = with_calls_lifted(original, certain=any(site.kind == "functional" for site in sites))
     sums = {site.path: _Sum(reason=_missing(site, before, converted)) for site in sites}
     depths: dict[str, int] = {}
     seen = False

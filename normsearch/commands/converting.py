@@ -36,9 +36,9 @@ from normsearch.commands.running import (
     progress,
     refuse_outputs,
     reported,
-    write_text,
 )
 from normsearch.errors import NormsearchError
+from normsearch.files import write_text
 from normsearch.plans import Plan
 from normsearch.rebuilding import LAYERS, SCRIPT, scripts
 
@@ -166,5 +166,5 @@ def _write(
         texts[report] = result.report.to_json()
     save(result.model, output, architecture=architecture, plan=result.plan, force=force)
     for path, text in texts.items():
-        write_text(path, text, force)
+        write_text(path, text, force=force)
     return [output, *texts]

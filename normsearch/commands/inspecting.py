@@ -34,9 +34,9 @@ from normsearch.commands.running import (
     progress,
     refuse_outputs,
     reported,
-    write_text,
 )
 from normsearch.errors import NormsearchError
+from normsearch.files import write_text
 from normsearch.methods import METHODS
 from normsearch.registries import LIBRARIES, names
 
@@ -175,4 +175,4 @@ def plan(
         raise normsearch.RefusedError(explanation.refusals)
     if output is not None:
         made = normsearch.plan(loaded.model, read_to(to), inputs=given)
-        write_text(output, made.to_json(), force)
+        write_text(output, made.to_json(), force=force)

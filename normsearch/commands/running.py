@@ -15,8 +15,9 @@ from rich.markup import escape
 
 import normsearch
 from normsearch.arguments import read_architecture
-from normsearch.checkpoints import Checkpoint, load, refuse_existing, write_atomically
+from normsearch.checkpoints import Checkpoint, load
 from normsearch.errors import CheckpointError, NormsearchError
+from normsearch.files import refuse_existing
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -79,15 +80,6 @@ def needs_inputs(shape: str | None, inputs: Path | None) -> None:
     """Raise a usage error without inputs."""
     if shape is None and inputs is None:
         raise typer.BadParameter("give --input-shape or --inputs", param_hint="--input-shape")
-
-
-def write_text(path: Path, text: str, force: bool) -> None:
-    """Write a text file atomically."""
-
-    def write(target: Path) -> None:
-        target.write_text(f"{text.rstrip()}\n", "utf-8")
-
-    write_atomically(path, write, force=force)
 
 
 def print_json(value: Any) -> None:
