@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 import normsearch
 from normsearch.arguments import make_inputs, read_to
@@ -27,7 +26,6 @@ from normsearch.commands.options import (
 from normsearch.commands.running import (
     ERR,
     OUT,
-    cell,
     fail,
     loaded_from,
     print_json,
@@ -38,7 +36,9 @@ from normsearch.commands.running import (
 from normsearch.errors import NormsearchError
 from normsearch.files import write_text
 from normsearch.methods import METHODS
+from normsearch.methods.base import spelled
 from normsearch.registries import LIBRARIES, names
+from normsearch.tables import Column, Listing
 
 
 @reported
@@ -57,14 +57,24 @@ def methods(as_json: Json = False) -> None:
     ]
     if as_json:
         return print_json(rows)
-    table = Table(title=f"{len(rows)} methods")
-    for column in ("method", "name", "exact", "batch independent", "options", "source"):
-        table.add_column(column, overflow="fold", no_wrap=column == "method")
-    for row in rows:
-        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
-        exact, independent = ("yes" if row[key] else "no" for key in ("exact", "batch_independent"))
-        table.add_row(row["method"], row["title"], exact, independent, options, row["citation"])
-    return OUT.print(table)
+    columns = (
+        Column("method"),
+        Column("function"),
+        Column("batch independent"),
+        Column("options", prose=True),
+        Column("source", prose=True),
+    )
+    lines = [
+        (
+            name,
+            "exact" if method().exact else "approximate",
+            "yes" if method().batch_independent else "in eval",
+            ", ".join(f"{field.name}={spelled(field.default)}" for field in fields(method)),
+            f"{method.title}. {method.citation}",
+        )
+        for name, method in METHODS.items()
+    ]
+    return OUT.print(Listing(f"{len(rows)} methods", columns, lines))
 
 
 @reported
@@ -90,12 +100,9 @@ def architectures(
         return print_json({"architectures": found, "arguments": allowed})
     for name in found:
         typer.echo(name)
-    table = Table(title="arguments")
-    for column in ("library", "argument", "value"):
-        table.add_column(column, overflow="fold")
-    for library, arguments in allowed.items():
-        for key, text in arguments.items():
-            table.add_row(library, key, text)
+    columns = (Column("library"), Column("argument"), Column("value", prose=True))
+    lines = [(library, key, text) for library, values in allowed.items() for key, text in values.items()]
+    table = Listing("arguments", columns, lines)
     return ERR.print(table) if not OUT.is_terminal else OUT.print(table)
 
 
@@ -125,23 +132,28 @@ def sites(
         found = normsearch.find_sites(loaded.model, given)
     if as_json:
         return print_json([asdict(site) for site in found])
-    table = Table(title=f"{len(found)} sites")
-    for column in ("site", "layer", "kind", "channels", "eps", "input", "producer"):
-        table.add_column(column, overflow="fold")
-    for site in found:
-        shape = " ".join("x".join(map(str, shape[1:])) for shape in site.input_shapes)
-        producer = "" if site.producer is None else site.producer.path
-        cells = (
-            site.path,
+    columns = (
+        Column("site"),
+        Column("channels", number=True),
+        Column("input", optional=True),
+        Column("layer", optional=True),
+        Column("producer", optional=True),
+        Column("kind", optional=True),
+        Column("eps", optional=True),
+    )
+    lines = [
+        (
+            site.path or "(model)",
+            str(site.channels or "?"),
+            " ".join("x".join(map(str, shape[1:])) for shape in site.input_shapes),
             site.layer.rpartition(".")[2],
+            "" if site.producer is None else site.producer.path,
             site.kind,
-            site.channels,
-            site.eps,
-            shape,
-            producer,
+            str(site.eps),
         )
-        table.add_row(*map(cell, cells))
-    return OUT.print(table)
+        for site in found
+    ]
+    return OUT.print(Listing(f"{len(found)} sites", columns, lines))
 
 
 @reported

@@ -11,13 +11,13 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 import normsearch
 from normsearch.arguments import read_architecture
 from normsearch.checkpoints import Checkpoint, load
 from normsearch.errors import CheckpointError, NormsearchError
 from normsearch.files import refuse_existing
+from normsearch.text import visible
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -46,8 +46,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 def fail(message: str) -> None:
     """Print one message on stderr and leave with exit code 1."""
     # Names in files may hold terminal escapes.
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
-    typer.echo(f"error: {shown}", err=True)
+    typer.echo(f"error: {visible(message)}", err=True)
     raise typer.Exit(1) from None
 
 
@@ -85,11 +84,6 @@ def needs_inputs(shape: str | None, inputs: Path | None) -> None:
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout."""
     typer.echo(json.dumps(value, indent=2))
-
-
-def cell(value: object) -> str:
-    """Return a value as the text of a table cell."""
-    return "" if value is None else escape(str(value))
 
 
 def refuse_outputs(outputs: Sequence[Path | None], given: Sequence[Path | None], *, force: bool) -> None:

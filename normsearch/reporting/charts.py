@@ -12,8 +12,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from normsearch.reporting.text import percent, visible
-
+from normsearch.text import percent, visible
 
 #: From this number of sites on lines are thin and dots small.
 _MANY = 120
@@ -119,7 +118,7 @@ def _bands(root: ElementTree.Element, frame: _Frame, names: Sequence[str]) -> No
 
 
 def blocks(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Cut consecutive sites into the network's blocks: by as few parts of their paths as tell blocks apart."""
+    """Cut consecutive sites into blocks, by as few parts of their paths as tell blocks apart."""
     runs: list[tuple[str, int]] = []
     for parts in (1, 2, 3):
         runs = []

@@ -1,4 +1,4 @@
-"""html: a report as one page that needs nothing else; what the report says is text, whatever it looks like."""
+"""html: a report as one page that needs nothing else; whatever it says is text, never markup."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from normsearch.reporting import charts, sections
-from normsearch.reporting.text import percent, visible
+from normsearch.text import percent, visible
 
 if TYPE_CHECKING:
     from normsearch.reporting.documents import Document

@@ -1,4 +1,4 @@
-"""How a report writes numbers, and names that come from files."""
+"""How names that come from files, and numbers, are written for people."""
 
 from __future__ import annotations
 
