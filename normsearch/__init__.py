@@ -1,5 +1,6 @@
 """Replace a trained network's BatchNorm layers with another normalization and keep what it learned."""
 
+from normsearch import reporting
 from normsearch.architectures import Architecture, build
 from normsearch.checkpoints import Checkpoint, load, save
 from normsearch.conversion import convert
@@ -70,6 +71,7 @@ __all__ = [
     "plan",
     "profile",
     "recalibrate",
+    "reporting",
     "save",
     "sensitivity",
 ]

@@ -7,6 +7,7 @@ import typer
 from normsearch.commands.converting import convert
 from normsearch.commands.inspecting import architectures, methods, plan, sites
 from normsearch.commands.measuring import compare, profile
+from normsearch.commands.reporting import report, sensitivity
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,7 +16,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Replace the BatchNorm layers of a trained network by any other normalization.",
 )
-for command in (methods, architectures, sites, plan, convert, compare, profile):
+for command in (methods, architectures, sites, plan, convert, compare, profile, sensitivity, report):
     app.command()(command)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from normsearch.checkpoints import write_atomically
 from normsearch.errors import CheckpointError, TrainingError
+from normsearch.files import write_atomically
 
 _FORMAT = "normsearch.finetune.1"
 

@@ -76,12 +76,12 @@ def test_convert_writes_all_that_is_needed(checkpoint: str, folder: Path) -> Non
     result = cli("convert", checkpoint, *MODEL, *words)
     assert "note: read from the entry 'state_dict'" in result.stderr
     assert sorted(path.name for path in folder.iterdir()) == [
-        "model.py",
         "out.safetensors",
+        "out_model.py",
         "report.json",
         "x.pth",
     ]
-    assert result.stdout.endswith("wrote out.safetensors, model.py, report.json\n")
+    assert result.stdout.endswith("wrote out.safetensors, out_model.py, report.json\n")
     report = json.loads((folder / "report.json").read_text())
     assert report["batch_norms"]["after"] == 0
     loaded = normsearch.load("out.safetensors")
@@ -90,7 +90,7 @@ def test_convert_writes_all_that_is_needed(checkpoint: str, folder: Path) -> Non
     expected = normsearch.convert(original, "group")(x)
     assert torch.equal(loaded.model(x), expected)
     torch.save(x, "inputs.pt")
-    code = "import torch; from model import load; torch.save(load()(torch.load('inputs.pt')), 'y.pt')"
+    code = "import torch; from out_model import load; torch.save(load()(torch.load('inputs.pt')), 'y.pt')"
     subprocess.run([sys.executable, "-c", code], check=True)
     torch.testing.assert_close(torch.load("y.pt"), expected)
 
@@ -102,7 +102,7 @@ def test_convert_with_patterns_and_a_preference(checkpoint: str) -> None:
     assert methods["layer1.0.bn1"] == "group(groups=8)"
     # Maps of one element leave nothing to an instance.
     assert {methods["layer4.0.bn1"], methods["layer4.0.bn2"]} == {"layer"}
-    assert result["written"] == ["o.safetensors", "model.py"]
+    assert result["written"] == ["o.safetensors", "o_model.py"]
     assert result["report"] is None
 
 
@@ -112,7 +112,7 @@ def test_plan_file_round_trip(checkpoint: str, folder: Path) -> None:
     assert normsearch.load("o.safetensors").plan == normsearch.Plan.from_json(
         (folder / "plan.json").read_text()
     )
-    assert not (folder / "model.py").exists()
+    assert not (folder / "o_model.py").exists()
 
 
 def test_dry_run_writes_nothing(checkpoint: str, folder: Path) -> None:
@@ -126,7 +126,7 @@ def test_keep_nothing(checkpoint: str) -> None:
     assert torch.equal(load_file("o.safetensors")["bn1.weight"], torch.ones(64))
 
 
-@pytest.mark.parametrize("there", ["out.safetensors", "model.py", "report.json"])
+@pytest.mark.parametrize("there", ["out.safetensors", "out_model.py", "report.json"])
 def test_nothing_is_replaced_without_force(there: str, checkpoint: str, folder: Path) -> None:
     (folder / there).write_text("mine")
     words = ["--to", "group", "-o", "out.safetensors", "--report", "report.json", "--input-shape", "3x64x64"]
@@ -167,7 +167,7 @@ def test_factory_in_the_current_folder(folder: Path) -> None:
     assert output("sites", "net.safetensors", *model) == []
     done = process("profile", "net.safetensors", *model, "--input-shape", "1x64", "--json")
     assert json.loads(done.stdout)["parameters"] == 48
-    script = subprocess.run([sys.executable, "model.py"], capture_output=True, text=True, check=True)
+    script = subprocess.run([sys.executable, "net_model.py"], capture_output=True, text=True, check=True)
     assert "(norm): BatchRenorm(8" in script.stdout
 
 
@@ -265,7 +265,7 @@ REFUSED: Sequence[tuple[list[str], str]] = (
     (["plan", *MODEL, "--to", "group", "-o", "no/plan.json"], "does not exist"),
     (
         ["convert", "x.pth", *MODEL, "--plan", "no.json", "-o", "o.safetensors"],
-        "cannot read the plan no.json",
+        "cannot read no.json",
     ),
     (["convert", "x.pth", *MODEL, "--plan", "x.pth", "-o", "o.safetensors"], "not a plan"),
     (["convert", "x.pth", *MODEL, "--to", "group", "-o", "o.pth"], "written as .safetensors"),
@@ -318,7 +318,7 @@ def test_no_output_replaces_an_input_or_another_output(checkpoint: str, folder: 
     ]
     for words, message in (
         ([*common, "-o", "o.safetensors", "--report", checkpoint, "--force"], "is read by this command"),
-        ([*common, "-o", "o.safetensors", "--report", "model.py"], "would be written twice"),
+        ([*common, "-o", "o.safetensors", "--report", "o_model.py"], "would be written twice"),
         ([*common, "-o", "o.safetensors", "--report", "o.safetensors"], "would be written twice"),
         (
             ["plan", checkpoint, "-a", "torchvision/resnet18", "--to", "group", "-o", checkpoint, "--force"],
@@ -329,7 +329,7 @@ def test_no_output_replaces_an_input_or_another_output(checkpoint: str, folder: 
         assert message in " ".join(result.output.split())
     assert Path(checkpoint).read_bytes() == before
     assert not (folder / "o.safetensors").exists()
-    assert not (folder / "model.py").exists()
+    assert not (folder / "o_model.py").exists()
 
 
 def test_interrupt_is_clean(checkpoint: str, folder: Path) -> None:

@@ -10,28 +10,34 @@ from typing import Annotated, Any
 import typer
 
 import normsearch
-from normsearch.arguments import make_inputs, read_to
+from normsearch.arguments import read_to
 from normsearch.commands.options import (
     Arch,
     Arguments,
     Batch,
     Entry,
     Force,
+    ImageSize,
     Inputs,
     Json,
     MaybeFile,
+    Mean,
     Methods,
     Shape,
+    Std,
 )
 from normsearch.commands.running import (
     ERR,
     OUT,
     fail,
+    first_of,
+    given_inputs,
     loaded_from,
     print_json,
     progress,
     refuse_outputs,
     reported,
+    show,
 )
 from normsearch.errors import NormsearchError
 from normsearch.files import write_text
@@ -74,7 +80,7 @@ def methods(as_json: Json = False) -> None:
         )
         for name, method in METHODS.items()
     ]
-    return OUT.print(Listing(f"{len(rows)} methods", columns, lines))
+    return show(Listing(f"{len(rows)} methods", columns, lines))
 
 
 @reported
@@ -123,13 +129,16 @@ def sites(
     input_shape: Shape = None,
     inputs: Inputs = None,
     batch_size: Batch = 2,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
     as_json: Json = False,
 ) -> None:
     """List the places where a network normalizes."""
     loaded = loaded_from(checkpoint, architecture, arguments, entry)
+    given = given_inputs(loaded.model, input_shape, batch_size, inputs, (image_size, mean, std))
     with progress("looking for BatchNorm"):
-        given = make_inputs(loaded.model, input_shape, batch_size, inputs)
-        found = normsearch.find_sites(loaded.model, given)
+        found = normsearch.find_sites(loaded.model, first_of(given))
     if as_json:
         return print_json([asdict(site) for site in found])
     columns = (
@@ -153,7 +162,7 @@ def sites(
         )
         for site in found
     ]
-    return OUT.print(Listing(f"{len(found)} sites", columns, lines))
+    return show(Listing(f"{len(found)} sites", columns, lines))
 
 
 @reported
@@ -166,6 +175,9 @@ def plan(
     input_shape: Shape = None,
     inputs: Inputs = None,
     batch_size: Batch = 2,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -176,13 +188,13 @@ def plan(
     if output is not None:
         refuse_outputs([output], [checkpoint, inputs], force=force)
     loaded = loaded_from(checkpoint, architecture, arguments, entry)
+    given = first_of(given_inputs(loaded.model, input_shape, batch_size, inputs, (image_size, mean, std)))
     with progress("planning"):
-        given = make_inputs(loaded.model, input_shape, batch_size, inputs)
         explanation = normsearch.explain(loaded.model, read_to(to), inputs=given)
     if as_json:
         typer.echo(explanation.to_json())
     else:
-        OUT.print(explanation)
+        show(explanation.__rich__())
     if explanation.refusals:
         raise normsearch.RefusedError(explanation.refusals)
     if output is not None:

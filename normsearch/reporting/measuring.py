@@ -14,12 +14,14 @@ from torch import nn
 from normsearch.dependence import BatchDependence, Crop
 from normsearch.forward import evaluating
 from normsearch.measurement import Metric, Outputs, compare, profile
+from normsearch.methods import Refusal, parse_method
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Stage
 from normsearch.reporting import sections
 from normsearch.reporting.documents import Document
 from normsearch.reporting.gates import gates_of
 from normsearch.reports import Environment, Report
+from normsearch.sensitivities import THRESHOLD, Sensitivity
 from normsearch.site_outputs import SiteDrift, site_drift
 
 _REPEATS = 5
@@ -32,6 +34,8 @@ def document(
     batches: Iterable[Any] | None = None,
     *,
     calibrated: nn.Module | None = None,
+    sensitivity: Sensitivity | None = None,
+    threshold: float = THRESHOLD,
     metric: Metric | None = None,
     metric_name: str = "metric",
     outputs: Outputs | None = None,
@@ -53,6 +57,8 @@ def document(
         batches: inputs, never labels, as for ``compare``; they are read several times, so an iterator that
             runs out is kept in memory. The first should hold three samples or more.
         calibrated: the model after calibration.
+        sensitivity: of the original, measured before; its vetoes are marked.
+        threshold: the drift above which a method is vetoed at a site.
         metric: a number for a model, for example its accuracy; called in eval mode.
         metric_name: what to call it.
         outputs: as for ``compare``.
@@ -95,10 +101,12 @@ def document(
             )
         )
     parts.append(_layers(plan, found))
+    if sensitivity is not None:
+        parts.append(_heat_map(sensitivity, plan, threshold))
     parts.append(gates_of(final, plan))
     if found is not None:
         parts += [found.cost, found.dependence]
-    parts.append(_notes(plan, notes, found))
+    parts.append(_notes(plan, notes, found, () if sensitivity is None else sensitivity.refusals))
     from normsearch import __version__
 
     return Document(
@@ -224,7 +232,33 @@ def _layers(plan: Plan, found: _Found | None) -> sections.Layers:
     return sections.Layers(rows=tuple(rows))
 
 
-def _notes(plan: Plan, given: Sequence[str], found: _Found | None) -> sections.Notes | None:
+def _heat_map(sensitivity: Sensitivity, plan: Plan, threshold: float) -> sections.HeatMap:
+    vetoes = sensitivity.vetoes(threshold)
+    tried = [parse_method(spelling) for spelling in sensitivity.methods]
+    known = {site.path: site for site in plan.sites}
+    rows = []
+    for path in sensitivity.sites:
+        drifts = [sensitivity.drift[path][spelling] for spelling in sensitivity.methods]
+        refused = {number for number, drift in enumerate(drifts) if drift is None}
+        vetoed = {sensitivity.methods.index(spelling) for spelling in vetoes.get(path, ())}
+        # "group" stands where the plan has group(groups=8), if that is what it becomes there.
+        site = known.get(path)
+        chosen = [] if site is None else [n for n, m in enumerate(tried) if m.resolve(site) == plan[path]]
+        rows.append(
+            sections.HeatRow(
+                site=path,
+                drift=tuple(_finite(drift) for drift in drifts),
+                refused=tuple(sorted(refused)),
+                chosen=next((number for number in chosen if number not in refused), None),
+                vetoed=tuple(sorted(vetoed - refused)),
+            )
+        )
+    return sections.HeatMap(methods=sensitivity.methods, rows=tuple(rows), threshold=threshold)
+
+
+def _notes(
+    plan: Plan, given: Sequence[str], found: _Found | None, refusals: tuple[Refusal, ...]
+) -> sections.Notes | None:
     notes = [sections.Note(text=text) for text in (*given, *plan.notes)]
     if found is not None:
         sides = (("the original", found.dependence.before), ("the new model", found.dependence.after))
@@ -234,7 +268,7 @@ def _notes(plan: Plan, given: Sequence[str], found: _Found | None) -> sections.N
             if measured.note is not None
         ]
     notes += [sections.Note(text=text, about=row.site.path) for row in plan.rows for text in row.notes]
-    return sections.Notes(notes=tuple(notes)) if notes else None
+    return sections.Notes(notes=tuple(notes), refusals=refusals) if notes or refusals else None
 
 
 def _moved(report: Report) -> sections.Moved:

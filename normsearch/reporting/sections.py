@@ -125,7 +125,9 @@ class HeatRow:
 
     Attributes:
         site: its path.
-        drift: of the network's output when this site alone changes, one per method; None where refused.
+        drift: of the network's output when this site alone changes, one per method; None where the method
+            is refused, or where the output was not finite.
+        refused: the places of the methods that cannot stand there.
         chosen: which of the methods stands there, by its place in the list; None where it is none of them.
         vetoed: the places of the methods that should not stand there.
 
@@ -133,6 +135,7 @@ class HeatRow:
 
     site: str
     drift: tuple[float | None, ...]
+    refused: tuple[int, ...] = ()
     chosen: int | None = None
     vetoed: tuple[int, ...] = ()
 
@@ -144,7 +147,7 @@ class HeatMap:
     Attributes:
         methods: their spellings.
         rows: one per site.
-        threshold: from which drift on a method is vetoed at a site.
+        threshold: a method with a larger drift is vetoed at a site.
 
     """
 
