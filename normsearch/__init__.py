@@ -1,6 +1,7 @@
 """Replace a trained network's BatchNorm layers with another normalization and keep what it learned."""
 
 from normsearch.architectures import Architecture, build
+from normsearch.calibration import Calibration, calibrate, calibration_record
 from normsearch.checkpoints import Checkpoint, load, save
 from normsearch.conversion import convert
 from normsearch.dependence import BatchDependence, Crop
@@ -30,6 +31,7 @@ __all__ = [
     "Architecture",
     "ArchitectureError",
     "BatchDependence",
+    "Calibration",
     "Checkpoint",
     "CheckpointError",
     "Crop",
@@ -49,6 +51,8 @@ __all__ = [
     "ShapeError",
     "StateError",
     "build",
+    "calibrate",
+    "calibration_record",
     "compare",
     "convert",
     "convert_state_dict",
