@@ -2,6 +2,7 @@
 
 from normsearch import reporting
 from normsearch.architectures import Architecture, build
+from normsearch.calibration import Calibration, calibrate, calibration_record
 from normsearch.checkpoints import Checkpoint, load, save
 from normsearch.conversion import convert
 from normsearch.dependence import BatchDependence, Crop
@@ -37,6 +38,7 @@ __all__ = [
     "Architecture",
     "ArchitectureError",
     "BatchDependence",
+    "Calibration",
     "Checkpoint",
     "CheckpointError",
     "Crop",
@@ -59,6 +61,8 @@ __all__ = [
     "StateError",
     "TrainingError",
     "build",
+    "calibrate",
+    "calibration_record",
     "compare",
     "convert",
     "convert_state_dict",
