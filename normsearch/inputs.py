@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from normsearch.admission.arrays import read_inputs
 from normsearch.admission.images import Preparation, find_images, read_image
@@ -17,6 +18,8 @@ from normsearch.errors import CheckpointError, PlanError
 
 _SHAPE = re.compile(r"[1-9]\d{0,6}(x[1-9]\d{0,6}){0,4}", re.ASCII)
 _MOST_ELEMENTS = 2**31
+#: Batches of at most so many bytes together are kept once they are read.
+_MOST_KEPT = 2**30
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,16 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return (self.read(number) for number in range(self.count))
+
+    def kept(self) -> Iterable[Any]:
+        """Return the batches as a list if they are few, so that each is read once; else these ones."""
+        first = self.read(0)
+        size = sum(
+            leaf.numel() * leaf.element_size() for leaf in tree_leaves(first) if isinstance(leaf, Tensor)
+        )
+        if size * self.count > _MOST_KEPT:
+            return self
+        return [first, *(self.read(number) for number in range(1, self.count))]
 
 
 def random_batch(model: nn.Module, shape: str, batch_size: int) -> Batches:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from normsearch.calibration import Calibration, calibration_record
 from normsearch.dependence import BatchDependence, Crop
 from normsearch.forward import evaluating
 from normsearch.measurement import Metric, Outputs, compare, profile
@@ -34,6 +35,7 @@ def document(
     batches: Iterable[Any] | None = None,
     *,
     calibrated: nn.Module | None = None,
+    calibration: Calibration | None = None,
     sensitivity: Sensitivity | None = None,
     threshold: float = THRESHOLD,
     metric: Metric | None = None,
@@ -57,6 +59,7 @@ def document(
         batches: inputs, never labels, as for ``compare``; they are read several times, so an iterator that
             runs out is kept in memory. The first should hold three samples or more.
         calibrated: the model after calibration.
+        calibration: what calibration did; by default what ``calibration_record`` knows.
         sensitivity: of the original, measured before; its vetoes are marked.
         threshold: the drift above which a method is vetoed at a site.
         metric: a number for a model, for example its accuracy; called in eval mode.
@@ -100,6 +103,10 @@ def document(
                 calibrated=scores[2] if calibrated is not None else None,
             )
         )
+    if calibration is None and calibrated is not None:
+        calibration = calibration_record(calibrated)
+    if calibration is not None:
+        parts.append(_calibration(calibration))
     parts.append(_layers(plan, found))
     if sensitivity is not None:
         parts.append(_heat_map(sensitivity, plan, threshold))
@@ -206,6 +213,23 @@ def _parameters(model: nn.Module) -> int:
 def _score(model: nn.Module, metric: Metric) -> float | None:
     with evaluating(model):
         return _finite(float(metric(model)))
+
+
+def _calibration(done: Calibration) -> sections.CalibrationPart:
+    steps = [
+        sections.CalibrationStep(
+            name=rung.name, error=_finite(rung.error), kept=rung.kept, steps=rung.steps, seconds=rung.seconds
+        )
+        for rung in done.rungs
+    ]
+    return sections.CalibrationPart(
+        before=_finite(done.error.before),
+        after=_finite(done.error.after),
+        steps=tuple(steps),
+        whitened=done.whitened if any(rung.kept and rung.name == "whitening" for rung in done.rungs) else (),
+        batches=done.batches,
+        held_out=done.held_out,
+    )
 
 
 def _layers(plan: Plan, found: _Found | None) -> sections.Layers:

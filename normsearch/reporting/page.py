@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 HEAT = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 _NAMES = {
     "metric": "Metric",
+    "calibration": "Calibration",
     "layers": "Layers",
     "sensitivity": "Sensitivity",
     "gates": "Gates",

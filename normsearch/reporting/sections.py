@@ -80,6 +80,50 @@ class Metric:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationStep:
+    """One thing that calibration tried.
+
+    Attributes:
+        name: of the rung.
+        error: the held-out error with it.
+        kept: whether it lowered the error and was kept.
+        steps: optimisation steps taken.
+        seconds: time taken.
+
+    """
+
+    name: str
+    error: float | None
+    kept: bool
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPart:
+    """What calibration did.
+
+    Attributes:
+        before: the held-out error before it.
+        after: the held-out error after it.
+        steps: what was tried, in order.
+        whitened: paths of the sites whose input is whitened by the layer before.
+        batches: how many batches there were.
+        held_out: how many of them measured the error and trained nothing.
+
+    """
+
+    kind: Literal["calibration"] = "calibration"
+
+    before: float | None
+    after: float | None
+    steps: tuple[CalibrationStep, ...]
+    whitened: tuple[str, ...] = ()
+    batches: int
+    held_out: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerRow:
     """One site.
 
@@ -233,13 +277,14 @@ class Notes:
     refusals: tuple[Refusal, ...] = ()
 
 
-Section = Summary | Metric | Layers | HeatMap | Gates | Cost | Dependence | Notes
+Section = Summary | Metric | CalibrationPart | Layers | HeatMap | Gates | Cost | Dependence | Notes
 
 #: Every kind of section that is written and read back.
 SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
     {
         "summary": Summary,
         "metric": Metric,
+        "calibration": CalibrationPart,
         "layers": Layers,
         "sensitivity": HeatMap,
         "gates": Gates,
