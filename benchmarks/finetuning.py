@@ -364,6 +364,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"number of seeds (default {SEEDS})")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    # On maps of 8×8 its set-up costs more than it saves.
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     console, seeds = Console(), range(options.seeds)
     RESULTS.mkdir(exist_ok=True)
     ledger = Ledger(RESULTS / "finetuning.jsonl", fresh=options.fresh)
