@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map_only
 from normsearch.forward import try_call
 
 #: Old and new layers.
-Pairs = Iterable[tuple[nn.Module, nn.Module]]
+Pairs = Sequence[tuple[nn.Module, nn.Module]]
+#: Picks the tensors to compare from a model's output.
+Outputs = Callable[[Any], list[Tensor]]
 
 
 @contextmanager
@@ -50,10 +52,10 @@ class Runs:
     Every run starts from the same inputs and random state, whatever a model does to either.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self._model = model
-        self._inputs = inputs
-        self._random = torch.get_rng_state()
+    def __init__(self, model: nn.Module, inputs: Any, random: Tensor) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.random = random
 
     def start(self, pairs: Pairs) -> int:
         """Return where the first replaced layer acts; runs are made in this order."""
@@ -61,42 +63,43 @@ class Runs:
 
     def output(self, pairs: Pairs) -> Any:
         """Return the output with new layers in the place of old ones."""
-        torch.set_rng_state(self._random)
+        torch.set_rng_state(self.random)
         with substituted(pairs):
-            return try_call(self._model, _copies(self._inputs))
+            return try_call(self.model, copies(self.inputs))
 
 
 class ResumedRuns(Runs):
     """Runs along a graph that execute what lies before the first replaced layer once for all of them."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, inputs: Any) -> None:
-        super().__init__(model, inputs)
+    def __init__(self, model: nn.Module, inputs: Any, random: Tensor, graph: fx.Graph) -> None:
+        super().__init__(model, inputs, random)
         self._walk = _Walk(model, graph)
+        self._walk.begin(_positional(model, copies(inputs)))
         self._nodes = list(graph.nodes)
+        self._reached = 0
         self._first: dict[int, int] = {}
         for index, node in enumerate(self._nodes):
             if node.op == "call_module":
                 for module in model.get_submodule(str(node.target)).modules():
                     self._first.setdefault(id(module), index)
-        self._walk.begin(_positional(model, _copies(inputs)))
-        self._reached = 0
 
     def start(self, pairs: Pairs) -> int:
-        """Return the index of the first node that a replaced layer has a part in."""
-        return min(self._first.get(id(old), len(self._nodes)) for old, _ in pairs)
+        """Return the index of the first node that a replaced layer has a part in; else that of the output."""
+        last = len(self._nodes) - 1
+        return min((self._first.get(id(old), last) for old, _ in pairs), default=last)
 
     def output(self, pairs: Pairs) -> Any:
         """Return the output; each run starts no earlier than the one before."""
-        pairs = list(pairs)
-        start = self.start(pairs) if pairs else 0
+        start = self.start(pairs)
         assert start >= self._reached
+        torch.set_rng_state(self.random)
         for node in self._nodes[self._reached : start]:
             self._walk.step(node)
-        self._reached = start
+        self._reached, self.random = start, torch.get_rng_state()
         kept = self._walk.env
         # What follows may work in place, and the next run starts here too.
         held = [node for node in kept if node.op != "get_attr"]
-        self._walk.env = {**kept, **dict(zip(held, _copies([kept[node] for node in held]), strict=True))}
+        self._walk.env = {**kept, **dict(zip(held, copies([kept[node] for node in held]), strict=True))}
         try:
             with substituted(pairs):
                 result = None
@@ -105,6 +108,27 @@ class ResumedRuns(Runs):
                 return result
         finally:
             self._walk.env = kept
+
+
+def resumed(whole: Runs, graph: fx.Graph | str, reference: list[Tensor], pick: Outputs) -> Runs:
+    """Return runs along the graph if it computes what the model computes on this batch, else whole ones.
+
+    A graph is one path through a model. For other shapes or arguments the model may take another, so its
+    output is compared with the model's own.
+    """
+    if isinstance(graph, str):
+        return whole
+    try:
+        output = pick(ResumedRuns(whole.model, whole.inputs, whole.random, graph).output(()))
+    except Exception:
+        # Whatever kept the graph from running: the model itself has run on this batch.
+        return whole
+    same = len(output) == len(reference) and all(map(_equal, output, reference))
+    return ResumedRuns(whole.model, whole.inputs, whole.random, graph) if same else whole
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
 class _Walk(fx.Interpreter):
@@ -137,28 +161,7 @@ def _positional(model: nn.Module, inputs: Any) -> list[Any]:
     return list(bound.args)
 
 
-def runs(model: nn.Module, graph: fx.Graph | str, inputs: Any, reference: list[Tensor], pick: Any) -> Runs:
-    """Return runs along the graph if it computes what the model computes on this batch, else whole ones.
-
-    A graph is one path through a model. For other shapes or arguments the model may take another, so its
-    output is compared with the model's own.
-    """
-    if isinstance(graph, str):
-        return Runs(model, inputs)
-    try:
-        output = pick(ResumedRuns(model, graph, inputs).output([]))
-    except Exception:
-        # Whatever kept the graph from running: the model itself has run on this batch.
-        return Runs(model, inputs)
-    same = len(output) == len(reference) and all(map(_equal, output, reference))
-    return ResumedRuns(model, graph, inputs) if same else Runs(model, inputs)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-7, equal_nan=True)
-
-
-def _copies(value: Any) -> Any:
+def copies(value: Any) -> Any:
     """Return a structure with its tensors copied; views of one tensor are views of one copy."""
     storages: dict[int, torch.UntypedStorage] = {}
 

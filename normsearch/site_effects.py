@@ -20,7 +20,7 @@ from normsearch.methods import Method, Refusal, parse_method
 from normsearch.plans import refusal_at
 from normsearch.progress import OnProgress, Stage
 from normsearch.reports import Environment
-from normsearch.resumption import Runs, runs
+from normsearch.resumption import Runs, copies, resumed
 from normsearch.sensitivities import Sensitivity
 from normsearch.sites import NormSite, analyse, with_calls_lifted
 from normsearch.surgery import candidate
@@ -76,33 +76,34 @@ def sensitivity(
 
     """
     tried = _methods(methods)
+    count = length_hint(batches)
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
         raise ModelError("sensitivity got no batch; give at least one input")
     if isinstance(model, nn.Module) and is_lazy(model):
-        model = materialised(model, first)
+        model = materialised(model, copies(first))
     dataflow = any(method.needs_producer for method in tried)
-    found = _chosen(analyse(model, first, dataflow=dataflow), sites, model)
+    found = _chosen(analyse(model, copies(first), dataflow=dataflow), sites, model)
     subject = with_calls_lifted(model, certain=any(site.kind == "functional" for site in found))
     pick = _picking(outputs)
+    every = chain([first], iterator)
+    # Held no longer than the others.
+    del first
     with _undisturbed(subject):
         effects, refusals = _effects(subject, found, tried)
         order = _Order(subject, found)
         inner = unwrapped(subject)[0]
         leaves = [old for effect in effects for old, _ in effect.pairs]
-        graph = trace(inner, leaves, training=False) if effects else "there is nothing to measure"
-        total = length_hint(batches) * len(effects)
-        stage = Stage("sensitivity", total, on_progress)
-        for number, inputs in enumerate(chain([first], iterator), 1):
-            whole = Runs(inner, inputs)
+        graph = trace(inner, leaves, training=False) if leaves else "there is nothing to resume"
+        stage = Stage("sensitivity", count * len(effects), on_progress)
+        for number, inputs in enumerate(every, 1):
+            whole = Runs(inner, inputs, torch.get_rng_state())
             with order.watched():
                 reference = pick(whole.output([]))
             _check(reference, number)
-            run = runs(inner, graph, inputs, reference, pick) if effects else whole
-            for effect in sorted(effects, key=lambda effect: run.start(effect.pairs)):
-                effect.add(run, reference, pick)
-                stage.advance(f"{effect.site.path}: {effect.method}")
+            _add(effects, resumed(whole, graph, reference, pick), reference, pick, stage)
+            del whole, inputs
     return _result(order, found, tried, effects, refusals, Environment.here(model))
 
 
@@ -138,6 +139,13 @@ class _Effect:
             return None
         value = self.sums.drift().relative_l2
         return value if value == value else float("inf")
+
+
+def _add(effects: list[_Effect], run: Runs, reference: list[Tensor], pick: Outputs, stage: Stage) -> None:
+    """Measure one batch, those first whose layers data reaches first."""
+    for effect in sorted(effects, key=lambda effect: run.start(effect.pairs)):
+        effect.add(run, reference, pick)
+        stage.advance(f"{effect.site.path}: {effect.method}")
 
 
 def _methods(given: str | Method | Sequence[str | Method]) -> list[Method]:
