@@ -16,6 +16,8 @@ from normsearch.text import percent, visible
 
 #: From this number of sites on lines are thin and dots small.
 _MANY = 120
+#: Drifts up to this are drawn as 0 where there are no others.
+_LEAST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _axis(values: Sequence[float]) -> tuple[Callable[[float], float], list[float
     Linear from 0; logarithmic where one site would hide all others.
     """
     positive = sorted(value for value in values if value > 0)
-    most = positive[-1] if positive else 1.0
+    most = positive[-1] if positive and positive[-1] > _LEAST else 1.0
     if positive and most > 1 and most > 20 * positive[len(positive) // 2]:
         low = math.floor(math.log10(max(positive[0], most * 1e-8)))
         high = math.ceil(math.log10(most))
