@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: Between columns: one space of padding and the place of the line.
 _GAP = 2
 #: The least width of a column of prose, and of one whose words must be broken after all.
-_LEAST_PROSE, _LEAST = 24, 12
+_LEAST_PROSE, _LEAST = 16, 12
 
 
 @dataclass(frozen=True)

@@ -846,36 +846,36 @@ def test_browser_finds_nothing_to_complain_about(
     )
 
 
-#: A frame of a phone's width, since a window has a least one; tells the frame's width and its content's.
-_FRAME = """<!doctype html><title></title><iframe width="{width}" height="900" style="border:0"
-srcdoc="{page}"></iframe>
+#: Frames of given widths, since a window has a least one; the title tells each one's and its content's.
+_FRAMES = """<!doctype html><title></title>{frames}
 <script>
 addEventListener("load", () => {{
-  const frame = document.querySelector("iframe");
-  document.title = JSON.stringify(
-    [frame.contentWindow.innerWidth, frame.contentDocument.documentElement.scrollWidth]
-  );
+  const widths = [...document.querySelectorAll("iframe")].map(frame =>
+    [frame.contentWindow.innerWidth, frame.contentDocument.documentElement.scrollWidth]);
+  document.title = JSON.stringify(widths);
 }});
 </script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
-@pytest.mark.parametrize("width", [320, 390, 1280])
 def test_page_never_scrolls_sideways(
-    width: int, made: tuple[Document, nn.Module, nn.Module, nn.Module], tmp_path: Path
+    made: tuple[Document, nn.Module, nn.Module, nn.Module], tmp_path: Path
 ) -> None:
     wide = '<div style="width: 2000px">too wide</div></main>'
-    for text, fits in (
+    pages = (
         (hostile().to_html(), True),
         (made[0].to_html(), True),
         (made[0].to_html().replace("</main>", wide), False),
-    ):
+    )
+    cases = [(width, text, fits) for width in (320, 390, 768, 1280) for text, fits in pages]
+    frames = []
+    for width, text, _ in cases:
         # Without its policy, under which no style in an attribute counts.
-        page_text = re.sub(r"<meta http-equiv=[^>]*>", "", text)
-        (tmp_path / "x.html").write_text(_FRAME.format(width=width, page=escape(page_text)), "utf-8")
-        options = ("--window-size=1400,1000", "--dump-dom")
-        done = browse(tmp_path / "x.html", tmp_path / "profile", *options)
-        (title,) = re.findall(r"<title>(\[.*?\])</title>", done.stdout)
-        inner, content = json.loads(title)
+        source = escape(re.sub(r"<meta http-equiv=[^>]*>", "", text))
+        frames.append(f'<iframe width="{width}" height="900" style="border:0" srcdoc="{source}"></iframe>')
+    (tmp_path / "x.html").write_text(_FRAMES.format(frames="".join(frames)), "utf-8")
+    done = browse(tmp_path / "x.html", tmp_path / "profile", "--window-size=1400,1000", "--dump-dom")
+    (title,) = re.findall(r"<title>(\[.*?\])</title>", done.stdout)
+    for (width, _, fits), (inner, content) in zip(cases, json.loads(title), strict=True):
         assert inner == width
         assert (content <= inner) == fits

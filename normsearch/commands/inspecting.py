@@ -68,7 +68,7 @@ def methods(as_json: Json = False) -> None:
         Column("function"),
         Column("batch independent"),
         Column("options", prose=True),
-        Column("source", prose=True),
+        Column("source", prose=True, optional=True),
     )
     lines = [
         (

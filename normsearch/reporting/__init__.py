@@ -2,5 +2,28 @@
 
 from normsearch.reporting.documents import Document
 from normsearch.reporting.measuring import document
+from normsearch.reporting.sections import (
+    CalibrationPart,
+    Cost,
+    Dependence,
+    Gates,
+    HeatMap,
+    Layers,
+    Metric,
+    Notes,
+    Summary,
+)
 
-__all__ = ["Document", "document"]
+__all__ = [
+    "CalibrationPart",
+    "Cost",
+    "Dependence",
+    "Document",
+    "Gates",
+    "HeatMap",
+    "Layers",
+    "Metric",
+    "Notes",
+    "Summary",
+    "document",
+]
