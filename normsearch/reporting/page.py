@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from normsearch.reporting import charts, sections
 from normsearch.text import percent, visible
@@ -30,6 +30,7 @@ _NAMES = {
     "dependence": "Dependence",
     "notes": "Notes",
 }
+_CALIBRATION = {"affine": "distilling into the new layers", "all": "distilling into all parameters"}
 _MIXED = ("instance", "layer", "batch")
 #: From this number of rows on a table scrolls in a frame of its own.
 _MOST_ROWS = 40
@@ -63,11 +64,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": percent,
+        "percent": unbroken,
         "bar": charts.stacked_bar,
         "columns": charts.histogram,
         "heat": heat,
         "by_depth": by_depth,
+        "depth": in_depth,
         "method_counts": method_counts,
         "breakable": breakable,
         "number": number,
@@ -75,7 +77,13 @@ def _environment() -> Environment:
         "signed": signed,
         "steps": largest_steps,
     }
-    environment.globals |= {"heat_bounds": HEAT, "mixed": _MIXED, "names": _NAMES, "most_rows": _MOST_ROWS}
+    environment.globals |= {
+        "heat_bounds": HEAT,
+        "mixed": _MIXED,
+        "names": _NAMES,
+        "calibration_steps": _CALIBRATION,
+        "most_rows": _MOST_ROWS,
+    }
     return environment
 
 
@@ -129,6 +137,11 @@ def number(value: float | None, digits: int = 4) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}g}"
+
+
+def unbroken(value: float | None) -> Markup:
+    """Return a percentage that no line break parts from its sign."""
+    return escape(percent(value)).replace(" ", Markup("&nbsp;"))
 
 
 def signed(value: float) -> str:
