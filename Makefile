@@ -28,6 +28,7 @@ test-all: lint
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
+	$(BIN)/python -m benchmarks.calibration
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.checkpoint_memory
 	$(BIN)/python -m benchmarks.fuzz_admission

@@ -53,7 +53,7 @@ EFFORT = {
     "signals": Effort(256, 32, 300),
     "shapes": Effort(128, 16, 60),
     "crepe-tiny": Effort(128, 16, 60),
-    "crepe-full": Effort(32, 8, 12),
+    "crepe-full": Effort(32, 8, 8),
 }
 #: A site is vetoed if instance norm there alone moves the output by so much, relative, before calibration.
 VETO = 0.3
@@ -112,8 +112,8 @@ def plan_for(task: Task, method: str, inputs: torch.Tensor) -> tuple[normsearch.
     return normsearch.plan(task.model, method, inputs=inputs[:2]), []
 
 
-def measure(key: str, task: Task, method: str) -> Result:
-    """Convert and calibrate once."""
+def measure(key: str, task: Task, method: str, original: float) -> Result:
+    """Convert and calibrate once, beside the score of the original."""
     effort = EFFORT[key]
     inputs = task.inputs[: effort.inputs]
     plan, veto = plan_for(task, method, inputs)
@@ -131,7 +131,7 @@ def measure(key: str, task: Task, method: str) -> Result:
         task=key,
         method=method,
         metric=task.metric,
-        original=task.score(task.model),
+        original=original,
         plain=task.score(swapped("nothing")),
         copied=task.score(swapped("affine")),
         converted=task.score(converted),
@@ -157,8 +157,9 @@ def missed(results: Iterable[Result]) -> list[str]:
             found.append(f"{task}: the plain swap loses {r.original - r.plain:.3f} only")
         if method in ("group", "layer") and r.kept < 0.99:
             found.append(f"{task}, {method}: {r.kept:.1%} of the original is left, not 99 %")
-        if r.seconds > 60:
-            found.append(f"{task}, {method}: calibration took {r.seconds:.0f} s, not 60")
+        # Two cores for a minute: on a busy machine the clock tells nothing.
+        if r.cpu_seconds > 120:
+            found.append(f"{task}, {method}: calibration took {r.cpu_seconds:.0f} CPU seconds, not 120")
         if method == "instance or group" and r.kept < 0.99:
             found.append(f"{task}, {method}: {r.kept:.1%} of the original is left, not 99 %")
         if method == "instance" and r.kept < 0.9:
@@ -219,10 +220,11 @@ def main(arguments: list[str] | None = None) -> int:
     for key in options.tasks or TASKS:
         done = {r.method for r in results if r.task == key and not options.fresh}
         missing = [method for method in options.methods if method not in done]
-        task = TASKS[key]() if missing else None
+        if missing:
+            task = TASKS[key]()
+            original = task.score(task.model)
         for method in missing:
-            assert task is not None
-            result = measure(key, task, method)
+            result = measure(key, task, method, original)
             # Another process may have finished other cases meanwhile.
             results = [r for r in _read() if (r.task, r.method) != (key, method)] + [result]
             results.sort(key=lambda r: (list(TASKS).index(r.task), METHODS.index(r.method)))

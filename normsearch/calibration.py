@@ -58,6 +58,7 @@ class Calibration:
         sites: the same for the output of each site that a forward pass reaches, by path.
         rungs: what was tried, in order.
         whitened: paths of the sites whose input is whitened by the layer before.
+        gained_bias: paths of the layers that gained a bias for it.
         batches: how many batches there were.
         held_out: how many of them measured the error and trained nothing.
 
@@ -67,6 +68,7 @@ class Calibration:
     sites: dict[str, Change[float]]
     rungs: tuple[Rung, ...]
     whitened: tuple[str, ...]
+    gained_bias: tuple[str, ...]
     batches: int
     held_out: int
 
@@ -99,7 +101,7 @@ def calibrate(
     Four rungs, each kept only if it lowers the error on held-out batches:
 
     1. whitening: a site's input is normalized by the original's running statistics inside the layer before
-       it, where that layer may be changed and the site's output comes closer to the original's;
+       it, where that layer feeds nothing else and the site's output comes closer to the original's;
     2. least squares: γ and β per channel, site after site in the order of the data;
     3. distillation of the outputs and of every site's output into the parameters of the new layers;
     4. the same into all parameters.
@@ -115,8 +117,8 @@ def calibrate(
             of a list or a DataLoader are (shuffling is repeated; workers that draw random numbers of their
             own are not). Of the first 64 every fourth is held out, or the last one of fewer than four.
         budget: the most optimisation steps, one batch each; a third of them for the new layers alone.
-        parameters: ``all``, or ``affine`` for those of the new layers only. Parameters with
-            ``requires_grad=False`` elsewhere never change, but for the weights that whitening rewrites.
+        parameters: ``all``, or ``affine`` to change nothing but those of the new layers, without whitening.
+            With ``all``, parameters elsewhere with ``requires_grad=False`` are whitened but never trained.
         outputs: picks what to match from a model's output; by default every floating-point tensor in it.
             ``lambda output: ()`` matches the sites' outputs alone, as a detector's lists of boxes need.
         seed: for loaders that shuffle; the same seed gives the same result.
@@ -148,9 +150,10 @@ def calibrate(
         raise PlanError(f"budget={budget!r}: give a number of optimisation steps, at least 0")
     if parameters not in get_args(Parameters):
         raise PlanError(f"parameters={parameters!r} is not one of {', '.join(get_args(Parameters))}")
-    pair = Pair(original, converted, outputs)
-    with pair.evaluating():
+    with torch.random.fork_rng(devices=[]):
         data = _Batches(batches, seed)
+        pair = Pair(original, converted, outputs, data.first())
+    with pair.evaluating():
         ladder = _Ladder(pair, data, on_progress)
         if ladder.before.total > _ROUNDING:
             ladder.climb(budget, parameters)
@@ -188,9 +191,13 @@ class _Batches:
         """The number of batches held out."""
         return sum(self._is_held_out(index) for index in range(self.count))
 
+    def first(self) -> Any:
+        """Return the first batch."""
+        return next(self._read())
+
     def _read(self) -> Iterator[Any]:
         # A loader that shuffles draws from this generator: every pass is the same.
-        torch.manual_seed(self._seed)
+        torch.default_generator.manual_seed(self._seed)
         yield from self._batches
 
     def _is_held_out(self, index: int) -> bool:
@@ -240,11 +247,13 @@ class _Ladder:
         self.before = self.now = self._measure()
         self._rungs: list[Rung] = []
         self._whitened: tuple[str, ...] = ()
+        self._biased = self._with_bias()
 
     def climb(self, budget: int, parameters: Parameters) -> None:
         """Try one rung after the other."""
-        if whitenable(self._pair):
-            self._try("whitening", self._whiten)
+        may_whiten = parameters == "all" and whitenable(self._pair)
+        if may_whiten and not self._try("whitening", self._whiten):
+            self._whitened = ()
         self._try("least squares", self._least_squares)
         others = [p for p in self._pair.network.parameters() if p.requires_grad]
         affine = site_parameters(self._pair)
@@ -267,15 +276,20 @@ class _Ladder:
             sites,
             tuple(self._rungs),
             self._whitened,
+            tuple(path for path in self._with_bias() if path not in self._biased),
             self._data.count,
             self._data.held_out_count,
         )
 
+    def _with_bias(self) -> dict[str, None]:
+        modules = self._pair.network.named_modules()
+        return {path: None for path, module in modules if module._parameters.get("bias") is not None}
+
     def _measure(self) -> Errors:
         return self._pair.errors(self._data.held_out())
 
-    def _try(self, name: str, rung: Callable[[], int]) -> None:
-        """Climb one rung, and step back if it does not lower the held-out error."""
+    def _try(self, name: str, rung: Callable[[], int]) -> bool:
+        """Climb one rung, and step back and return False if it does not lower the held-out error."""
         start = time.monotonic()
         network = self._pair.network
         parameters = [(module, dict(module._parameters)) for module in network.modules()]
@@ -292,6 +306,7 @@ class _Ladder:
             for module, own in parameters:
                 module._parameters = own
         self._rungs.append(Rung(name, errors.total, kept, steps, time.monotonic() - start))
+        return kept
 
     def _whiten(self) -> int:
         stage = Stage("whitening", self._data.fitted_count, self._on_progress)

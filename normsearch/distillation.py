@@ -23,8 +23,9 @@ LOOK_EVERY, PATIENCE, RETURNS = 10, 3, 3
 #: The share of the error that a look must take away to count as a gain.
 GAIN = 0.005
 WARM_UP = 10
-#: Adam's highest rate for a parameter, as a share of its root mean square: at a site, and elsewhere.
-SITE_RATE, OTHER_RATE = 0.01, 0.02
+#: Adam's highest rate for a parameter, as a share of its root mean square: at a site, and elsewhere; and the
+#: error below which rates shrink with it, since what is nearly right must not be thrown about.
+SITE_RATE, OTHER_RATE, FULL_RATE_ERROR = 0.01, 0.02, 0.2
 
 
 def site_parameters(pair: Pair) -> list[nn.Parameter]:
@@ -64,7 +65,8 @@ def distill(
     for parameter in pair.network.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     best, kept = held_out_error(), [parameter.detach().clone() for parameter in parameters]
-    descent, variances = _Descent(pair, parameters, steps), _Variances()
+    descent = _Descent(pair, parameters, steps, min(1, best / FULL_RATE_ERROR))
+    variances = _Variances()
     fruitless = returns = done = 0
     for done, inputs in enumerate(itertools.islice(_endless(batches), steps), 1):
         with torch.enable_grad():
@@ -132,8 +134,8 @@ class _Variances:
 class _Descent:
     """Adam in at least single precision, with rates that follow the parameters' sizes."""
 
-    def __init__(self, pair: Pair, parameters: Sequence[nn.Parameter], steps: int) -> None:
-        self._parameters, self._steps, self._done, self._slower = parameters, steps, 0, 1.0
+    def __init__(self, pair: Pair, parameters: Sequence[nn.Parameter], steps: int, speed: float) -> None:
+        self._parameters, self._steps, self._done, self._speed = parameters, steps, 0, speed
         self._masters = [
             p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in parameters
         ]
@@ -151,7 +153,7 @@ class _Descent:
         for master, gradient in zip(self._masters, gradients, strict=True):
             master.grad = None if gradient is None else gradient.to(master.dtype)
         warm_up, decay = min(1, (self._done + 1) / WARM_UP), math.cos(math.pi * self._done / self._steps)
-        share = self._slower * warm_up * (1 + decay) / 2
+        share = self._speed * warm_up * (1 + decay) / 2
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
         self._adam.step()
@@ -166,7 +168,7 @@ class _Descent:
             parameter.copy_(value)
             master.copy_(value)
         self._adam.state.clear()
-        self._slower /= 3
+        self._speed /= 3
 
 
 def _sizes_at_sites(pair: Pair) -> dict[int, float]:

@@ -56,6 +56,7 @@ class Pair:
         original: the model before; it is never changed.
         converted: the model after; it is copied.
         outputs: picks what to match from a model's output.
+        inputs: one forward pass's inputs, which show how a linear layer's features are read.
 
     Attributes:
         model: the copy, to be returned.
@@ -68,7 +69,9 @@ class Pair:
 
     """
 
-    def __init__(self, original: nn.Module, converted: nn.Module, outputs: Outputs | None) -> None:
+    def __init__(
+        self, original: nn.Module, converted: nn.Module, outputs: Outputs | None, inputs: Any
+    ) -> None:
         for model in (original, converted):
             if not isinstance(model, nn.Module):
                 raise ModelError(f"expected two torch.nn.Module, got {type(model).__name__}")
@@ -76,11 +79,11 @@ class Pair:
         self.network = unwrapped(self.model)[0]
         self.original = with_calls_lifted(unwrapped(original)[0])
         self._outputs = outputs
-        self.sites = {pair.site.path: pair for pair in self._pairs()}
+        self.sites = {pair.site.path: pair for pair in self._pairs(inputs)}
 
-    def _pairs(self) -> Iterator[SitePair]:
+    def _pairs(self, inputs: Any) -> Iterator[SitePair]:
         modules = dict(self.network.named_modules(remove_duplicate=False))
-        for site in analyse(self.original, None, dataflow=True):
+        for site in analyse(self.original, inputs, dataflow=True):
             new = modules.get(site.path)
             if new is None:
                 if site.kind == "functional":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normsearch.architectures import Architecture, construction
+from normsearch.calibration import calibration_record
 from normsearch.checkpoints import shared_names
 from normsearch.errors import CheckpointError
 from normsearch.forward import TORCH_ATTRIBUTES
@@ -223,6 +224,9 @@ def _write_changes(writer: _Writer, model: nn.Module, plan: Plan | None) -> None
         writer.put(site.path, modules[site.path], fused=site.activation is not None)
         if method.needs_producer and site.producer is not None and site.producer.path != site.path:
             writer.put_producer(site.producer.path, modules[site.producer.path])
+    record = calibration_record(model)
+    for path in () if record is None else record.gained_bias:
+        writer.put_producer(path, modules[path])
     writer.check_containers(model)
 
 
