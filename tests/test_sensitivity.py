@@ -29,6 +29,7 @@ from normsearch import (
     convert,
     explain,
     find_sites,
+    parse_method,
     sensitivity,
 )
 from normsearch import site_effects as module_under_test
@@ -269,6 +270,31 @@ def test_wrapped_models_keep_their_prefix() -> None:
     assert [result.drift[f"module.{site}"]["group"] for site in plain.sites] == [
         plain.drift[site]["group"] for site in plain.sites
     ]
+
+
+def test_compiled_models_are_run_eagerly_inside_their_wrapper() -> None:
+    network = trained(Residual())
+    result = sensitivity(torch.compile(network), "group", images())
+    plain = sensitivity(network, "group", images())
+    assert list(result.drift.values()) == list(plain.drift.values())
+
+
+def test_lazy_models_are_initialised_on_a_copy() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU()).eval()
+    result = sensitivity(network, ["group", "frozen"], images())
+    assert result.drift["1"]["frozen"] < 1e-6 < result.drift["1"]["group"]
+    assert network[0].has_uninitialized_params()
+
+
+def test_frozen_parameters_stay_frozen_and_methods_may_be_objects() -> None:
+    network = trained(Residual())
+    network.first.weight.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in network.parameters()]
+    given = [parse_method("frozen"), parse_method("frozen(trainable=true)"), "frozen"]
+    result = sensitivity(network, given, images())
+    assert result.methods == ("frozen", "frozen(trainable=true)")
+    assert [parameter.requires_grad for parameter in network.parameters()] == before
 
 
 def test_hooks_of_the_users_fire_and_see_the_new_output() -> None:
