@@ -143,21 +143,30 @@ def problem(seed: int) -> Problem:
     return Problem(network.eval(), first, *(Split(turned[rows], labels[rows]) for rows in shifted))
 
 
-Make = Callable[[nn.Module, Split], nn.Module]
+@cache
+def calibrated(seed: int) -> nn.Module:
+    """Return a seed's network with group normalization, calibrated on 256 inputs of the first task."""
+    given = problem(seed)
+    inputs = given.source.images[:256].split(64)
+    return normsearch.calibrate(normsearch.convert(given.network, "group"), given.network, inputs, seed=seed)
+
+
+Make = Callable[[int], nn.Module]
 
 
 def _convert(to: str, keep: Any = "function") -> Make:
-    return lambda network, source: normsearch.convert(network, to, keep=keep)
+    return lambda seed: normsearch.convert(problem(seed).network, to, keep=keep)
 
 
 REFERENCE, PLAIN = "BatchNorm", "plain swap (group)"
 VARIANTS: dict[str, Make] = {
-    REFERENCE: lambda network, source: copy.deepcopy(network),
+    REFERENCE: lambda seed: copy.deepcopy(problem(seed).network),
     "frozen": _convert("frozen"),
     "frozen, γ and β trained": _convert("frozen(trainable=true)"),
     PLAIN: _convert("group", "nothing"),
     "group, folded": _convert("group"),
     "layer, folded": _convert("layer"),
+    "group, calibrated": lambda seed: copy.deepcopy(calibrated(seed)),
     "batch_renorm": _convert("batch_renorm"),
     "switchable": _convert("switchable"),
 }
@@ -187,7 +196,7 @@ def run(seed: int, condition: Condition, variant: str, rate: float) -> Cell:
     """Fine-tune one variant once."""
     given = problem(seed)
     torch.manual_seed(seed)
-    network = VARIANTS[variant](given.network, given.source)
+    network = VARIANTS[variant](seed)
     scores: dict[int, tuple[float, float]] = {}
 
     def look(progress: normsearch.Progress) -> None:

@@ -1,6 +1,7 @@
 """Replace a trained network's BatchNorm layers with another normalization and keep what it learned."""
 
 from normsearch.architectures import Architecture, build
+from normsearch.calibration import Calibration, calibrate, calibration_record
 from normsearch.checkpoints import Checkpoint, load, save
 from normsearch.conversion import convert
 from normsearch.dependence import BatchDependence, Crop
@@ -35,6 +36,7 @@ __all__ = [
     "Architecture",
     "ArchitectureError",
     "BatchDependence",
+    "Calibration",
     "Checkpoint",
     "CheckpointError",
     "Crop",
@@ -56,6 +58,8 @@ __all__ = [
     "StateError",
     "TrainingError",
     "build",
+    "calibrate",
+    "calibration_record",
     "compare",
     "convert",
     "convert_state_dict",
