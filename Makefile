@@ -32,6 +32,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.checkpoint_memory
 	$(BIN)/python -m benchmarks.fuzz_admission
+	$(BIN)/python -m benchmarks.finetuning
 
 clean:
 	rm -rf .venv demo-output

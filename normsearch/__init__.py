@@ -15,14 +15,19 @@ from normsearch.errors import (
     RefusedError,
     ShapeError,
     StateError,
+    TrainingError,
 )
 from normsearch.measurement import compare, profile
 from normsearch.methods import METHODS, Method, Refusal, parse_method
 from normsearch.plans import Explanation, Plan, explain, plan
 from normsearch.progress import Progress
+from normsearch.recalibration import recalibrate
 from normsearch.reports import Profile, Report
+from normsearch.sensitivities import Sensitivity
+from normsearch.site_effects import sensitivity
 from normsearch.sites import NormSite, find_sites
 from normsearch.state_dicts import convert_state_dict
+from normsearch.training import finetune, parameter_groups
 
 __version__ = "0.1.0"
 
@@ -48,8 +53,10 @@ __all__ = [
     "Refusal",
     "RefusedError",
     "Report",
+    "Sensitivity",
     "ShapeError",
     "StateError",
+    "TrainingError",
     "build",
     "calibrate",
     "calibration_record",
@@ -58,9 +65,13 @@ __all__ = [
     "convert_state_dict",
     "explain",
     "find_sites",
+    "finetune",
     "load",
+    "parameter_groups",
     "parse_method",
     "plan",
     "profile",
+    "recalibrate",
     "save",
+    "sensitivity",
 ]

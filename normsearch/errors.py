@@ -32,6 +32,10 @@ class CheckpointError(NormsearchError):
     """A checkpoint cannot be read, written or rebuilt."""
 
 
+class TrainingError(NormsearchError):
+    """Training cannot start or go on."""
+
+
 class StateError(NormsearchError):
     """A state dict does not belong to the model that a plan was made for."""
 

@@ -62,23 +62,26 @@ def compare(
 
     """
     pick = outputs or (lambda output: output)
-    sums = _Sums(logits)
+    sums = DriftSums(logits)
     first = None
     with evaluating(original), evaluating(converted):
         for inputs in batches:
             first = inputs if first is None else first
-            sums.add(_floats(pick(try_call(original, inputs))), _floats(pick(try_call(converted, inputs))))
+            sums.add(
+                floating_tensors(pick(try_call(original, inputs))),
+                floating_tensors(pick(try_call(converted, inputs))),
+            )
         if first is None:
             raise ModelError("compare got no batch; give at least one input")
         scores = None if metric is None else (float(metric(original)), float(metric(converted)))
     dependence = tuple(
-        batch_dependence(model, first, lambda output: _floats(pick(output)))
+        batch_dependence(model, first, lambda output: floating_tensors(pick(output)))
         for model in (original, converted)
     )
     crops = None
     if crop is not None:
         crops = tuple(
-            crop_dependence(model, first, lambda output: _floats(pick(output)), crop)
+            crop_dependence(model, first, lambda output: floating_tensors(pick(output)), crop)
             for model in (original, converted)
         )
     return Report(
@@ -131,7 +134,7 @@ def profile(model: nn.Module, inputs: Any, *, repeats: int = 10) -> Profile:
     )
 
 
-class _Sums:
+class DriftSums:
     """Drift over batches in constant memory."""
 
     def __init__(self, logits: bool) -> None:
@@ -175,7 +178,8 @@ class _Sums:
         return Drift(relative, self._divergence / self._predictions, self._agreeing / self._predictions)
 
 
-def _floats(output: Any) -> list[Tensor]:
+def floating_tensors(output: Any) -> list[Tensor]:
+    """Return every floating-point tensor in a model's output."""
     output = tree_map_only(Tensor, lambda tensor: tensor.detach(), output)
     return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
 

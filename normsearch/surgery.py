@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normsearch.forward import TORCH_ATTRIBUTES
 from normsearch.methods import Built, Keep, Method, TrainedNorm
@@ -59,7 +60,10 @@ def replace_layers(
         old = model.get_submodule(site.path)
         trained = TrainedNorm.of(old, site) if site.kind != "weight" else TrainedNorm.absent(site)
         built = method.build(site, trained.reset(keep), _producer(site, method, model, new))
-        new[id(old)] = (old, built.module if site.kind == "weight" else _dressed(site, old, built.module))
+        new[id(old)] = (old, built.module)
+        if site.kind != "weight":
+            new[id(old)] = (old, dressed := _dressed(site, old, built.module))
+            _move_hooks(old, dressed)
         if built.producer is not None and site.producer is not None:
             source = model.get_submodule(site.producer.path)
             new[id(source)] = (source, built.producer)
@@ -71,6 +75,26 @@ def replace_layers(
         for method, layers in untrained.items():
             method.initialise(changed, layers, inputs)
     return changed
+
+
+def candidate(model: nn.Module, site: NormSite, method: Method) -> list[tuple[nn.Module, nn.Module]]:
+    """Build what a method would put at one BatchNorm site, for a look: old and new layers, nothing replaced.
+
+    The new layers stand alone: they share neither γ and β nor the site's hooks with the model.
+    """
+    old = model.get_submodule(site.path)
+    trained = TrainedNorm.of(old, site)
+    # A method may decide what of γ and β is trained, which must not show in the model.
+    own = replace(trained, weight=_apart(trained.weight), bias=_apart(trained.bias))
+    built = method.build(site, own, _producer(site, method, model, {}))
+    pairs = [(old, _dressed(site, old, built.module))]
+    if built.producer is not None and site.producer is not None:
+        pairs.append((model.get_submodule(site.producer.path), built.producer))
+    return pairs
+
+
+def _apart(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
 
 
 def _producer(
@@ -85,7 +109,7 @@ def _producer(
 
 
 def _dressed(site: NormSite, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give a new layer the old one's training flag, ranks, hooks and what it carried inside."""
+    """Give a new layer the old one's training flag, ranks and what it carried inside."""
     new.train(old.training)
     if type(new).__module__.startswith("normsearch.methods."):
         # What BatchNorm2d refuses, its successor must not read as (N, C, L).
@@ -98,8 +122,7 @@ def _dressed(site: NormSite, old: nn.Module, new: nn.Module) -> nn.Module:
             if name in old._modules:
                 fused.add_module(name, old._modules[name])
         fused.training = old.training
-        new = fused
-    _move_hooks(old, new)
+        return fused
     return new
 
 
