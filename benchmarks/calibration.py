@@ -52,8 +52,8 @@ EFFORT = {
     "digits": Effort(256, 32, 300),
     "signals": Effort(256, 32, 300),
     "shapes": Effort(128, 16, 60),
-    "crepe-tiny": Effort(128, 16, 60),
-    "crepe-full": Effort(32, 8, 8),
+    "crepe-tiny": Effort(256, 16, 120),
+    "crepe-full": Effort(64, 8, 16),
 }
 
 
