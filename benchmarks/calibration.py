@@ -51,7 +51,7 @@ class Effort:
 EFFORT = {
     "digits": Effort(256, 32, 300),
     "signals": Effort(256, 32, 300),
-    "shapes": Effort(128, 16, 60),
+    "shapes": Effort(256, 16, 100),
     "crepe-tiny": Effort(256, 16, 120),
     "crepe-full": Effort(64, 8, 16),
 }
