@@ -346,6 +346,14 @@ def test_the_same_seed_gives_the_same_result_with_a_shuffling_loader_too() -> No
     assert not same(results[0], results[2])
 
 
+def test_a_loader_with_a_generator_of_its_own_is_refused() -> None:
+    original = network()
+    generator = torch.Generator().manual_seed(0)
+    loader: Any = DataLoader(list(images()), batch_size=8, shuffle=True, generator=generator)
+    with pytest.raises(ModelError, match="other inputs each time"):
+        calibrate(convert(original, "rms"), original, loader, budget=1)
+
+
 def test_memory_does_not_grow_with_the_number_of_batches() -> None:
     original = network()
     converted = convert(original, "group(groups=4)")

@@ -13,7 +13,7 @@ PACKAGE = Path(normsearch.__file__).parent
 #: Lower modules first; a module imports only from its own row's left or from rows above.
 LAYERS = (
     ("errors", "progress", "reparametrization", "layer_sources"),
-    ("forward", "registries"),
+    ("forward", "registries", "batches"),
     ("tracing", "architectures"),
     ("moments", "observation", "memory"),
     ("lifting",),
