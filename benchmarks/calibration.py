@@ -51,12 +51,10 @@ class Effort:
 EFFORT = {
     "digits": Effort(256, 32, 300),
     "signals": Effort(256, 32, 300),
-    "shapes": Effort(128, 16, 60),
-    "crepe-tiny": Effort(128, 16, 60),
-    "crepe-full": Effort(32, 8, 8),
+    "shapes": Effort(256, 16, 100),
+    "crepe-tiny": Effort(256, 16, 120),
+    "crepe-full": Effort(64, 8, 16),
 }
-#: A site is vetoed if instance norm there alone moves the output by so much, relative, before calibration.
-VETO = 0.3
 
 
 @dataclass(frozen=True)
@@ -84,31 +82,21 @@ class Result:
         return self.calibrated / self.original
 
 
-def vetoed(task: Task, inputs: torch.Tensor) -> dict[str, str]:
-    """Return the sites where instance norm destroys the output or is refused, each with why."""
-    found = {}
-    for row in normsearch.explain(task.model, "instance", inputs=inputs[:2]).rows:
-        if row.method is None:
-            found[row.site.path] = row.refusals[0].reason
-            continue
-        if row.site.calls == 0:
-            continue
-        alone = normsearch.convert(task.model, {row.site.path: "instance"}, inputs=inputs[:2])
-        drift = normsearch.compare(task.model, alone, [inputs[:32]]).drift.relative_l2
-        if drift > VETO:
-            found[row.site.path] = f"drift {drift:.2f}"
-    return found
-
-
 def plan_for(task: Task, method: str, inputs: torch.Tensor) -> tuple[normsearch.Plan, list[str]]:
-    """Return the plan and the sites that a veto keeps from the method."""
+    """Return the plan and the sites that a veto keeps from instance norm, each with why."""
     if method == "instance":
-        # Where instance norm is refused, on (N, C), nothing else is instance norm; group stands in.
+        # Where instance norm is refused, on (N, C), nothing else is instance norm: group stands in.
         return normsearch.plan(task.model, {"*": ["instance", "group"]}, inputs=inputs[:2]), []
     if method == "instance or group":
-        veto = vetoed(task, inputs)
-        to = {**dict.fromkeys(veto, "group"), "*": "instance"}
-        return normsearch.plan(task.model, to, inputs=inputs[:2]), [f"{k}: {v}" for k, v in veto.items()]
+        found = normsearch.sensitivity(task.model, "instance", [inputs[:32]])
+        reasons = {refusal.site: refusal.reason for refusal in found.refusals}
+        veto = [
+            f"{site}: {reasons.get(site) or f'drift {found.drift[site][vetoed]:.2f}'}"
+            for site, methods in found.vetoes().items()
+            for vetoed in methods
+        ]
+        to = found.preferring("instance", "group")
+        return normsearch.plan(task.model, to, inputs=inputs[:2]), veto
     return normsearch.plan(task.model, method, inputs=inputs[:2]), []
 
 

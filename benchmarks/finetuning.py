@@ -143,26 +143,36 @@ def problem(seed: int) -> Problem:
     return Problem(network.eval(), first, *(Split(turned[rows], labels[rows]) for rows in shifted))
 
 
-Make = Callable[[nn.Module, Split], nn.Module]
+@cache
+def calibrated(seed: int) -> nn.Module:
+    """Return a seed's network with group normalization, calibrated on 256 inputs of the first task."""
+    given = problem(seed)
+    inputs = given.source.images[:256].split(64)
+    return normsearch.calibrate(normsearch.convert(given.network, "group"), given.network, inputs, seed=seed)
+
+
+Make = Callable[[int], nn.Module]
 
 
 def _convert(to: str, keep: Any = "function") -> Make:
-    return lambda network, source: normsearch.convert(network, to, keep=keep)
+    return lambda seed: normsearch.convert(problem(seed).network, to, keep=keep)
 
 
 REFERENCE, PLAIN = "BatchNorm", "plain swap (group)"
 VARIANTS: dict[str, Make] = {
-    REFERENCE: lambda network, source: copy.deepcopy(network),
+    REFERENCE: lambda seed: copy.deepcopy(problem(seed).network),
     "frozen": _convert("frozen"),
     "frozen, γ and β trained": _convert("frozen(trainable=true)"),
     PLAIN: _convert("group", "nothing"),
     "group, folded": _convert("group"),
     "layer, folded": _convert("layer"),
+    "group, calibrated": lambda seed: copy.deepcopy(calibrated(seed)),
     "batch_renorm": _convert("batch_renorm"),
     "switchable": _convert("switchable"),
 }
-#: What the bars are about: a user can freeze BatchNorm without converting anything.
-CONVERTED = tuple(VARIANTS)[4:]
+#: What the bars are about; a second look leaves frozen layers out, which could be had without converting.
+CONVERTED = tuple(variant for variant in VARIANTS if variant not in (REFERENCE, PLAIN))
+NOT_FROZEN = tuple(variant for variant in CONVERTED if not variant.startswith("frozen"))
 
 
 @dataclass(frozen=True)
@@ -186,7 +196,7 @@ def run(seed: int, condition: Condition, variant: str, rate: float) -> Cell:
     """Fine-tune one variant once."""
     given = problem(seed)
     torch.manual_seed(seed)
-    network = VARIANTS[variant](given.network, given.source)
+    network = VARIANTS[variant](seed)
     scores: dict[int, tuple[float, float]] = {}
 
     def look(progress: normsearch.Progress) -> None:
@@ -220,9 +230,7 @@ class Ledger:
     def __init__(self, path: Path, *, fresh: bool) -> None:
         self._path = path
         self.cells: dict[tuple[int, str, str, float], Cell] = {}
-        if fresh or not path.exists():
-            return
-        for line in path.read_text().splitlines():
+        for line in [] if fresh or not path.exists() else path.read_text().splitlines():
             # An interrupted write leaves half a line at most, which is run again.
             if line.endswith("}"):
                 document = json.loads(line)
@@ -243,10 +251,6 @@ class Ledger:
         self.cells[cell.key] = cell
         with self._path.open("a") as file:
             file.write(self._line(cell))
-
-    def clear(self) -> None:
-        """Drop what an older recipe left."""
-        self._rewrite()
 
     def _rewrite(self) -> None:
         self._path.write_text("".join(self._line(cell) for cell in self.cells.values()))
@@ -275,7 +279,7 @@ def rows(cells: dict[tuple[int, str, str, float], Cell], seeds: range) -> list[R
     """Return every row; the rate is the one with the best validation accuracy over all seeds."""
     found = []
     for condition, (index, steps) in product(CONDITIONS, enumerate(STEPS)):
-        best: dict[str, tuple[float, float, list[float]]] = {}
+        chosen: dict[str, tuple[float, float, list[float]]] = {}
         for variant in VARIANTS:
             choices = [
                 (
@@ -285,8 +289,8 @@ def rows(cells: dict[tuple[int, str, str, float], Cell], seeds: range) -> list[R
                 )
                 for rate in RATES
             ]
-            best[variant] = max(choices, key=lambda choice: choice[0])
-        for variant, (validation, rate, test) in best.items():
+            chosen[variant] = max(choices, key=lambda choice: choice[0])
+        for variant, (validation, rate, test) in chosen.items():
             found.append(
                 Row(
                     condition.name,
@@ -295,8 +299,8 @@ def rows(cells: dict[tuple[int, str, str, float], Cell], seeds: range) -> list[R
                     rate,
                     validation,
                     fmean(test),
-                    *_paired(test, best[REFERENCE][2]),
-                    *_paired(test, best[PLAIN][2]),
+                    *_paired(test, chosen[REFERENCE][2]),
+                    *_paired(test, chosen[PLAIN][2]),
                 )
             )
     return found
@@ -310,21 +314,21 @@ def _paired(one: list[float], other: list[float]) -> tuple[float, float]:
     return fmean(differences), T95[len(differences) - 1] * stdev(differences) / len(differences) ** 0.5
 
 
-def best_converted(every: list[Row]) -> list[Row]:
-    """Return, for each condition and number of steps, the converted network that validation would choose."""
+def best(every: list[Row], among: tuple[str, ...]) -> list[Row]:
+    """Return, for each condition and number of steps, the variant that validation would choose."""
     return [
         max(
-            (r for r in every if (r.condition, r.steps) == (c.name, steps) and r.variant in CONVERTED),
+            (r for r in every if (r.condition, r.steps) == (c.name, steps) and r.variant in among),
             key=lambda r: r.validation,
         )
         for c, steps in product(CONDITIONS, STEPS)
     ]
 
 
-def misses(best: list[Row]) -> list[str]:
-    """Return the bars that the best converted networks miss."""
+def misses(chosen: list[Row]) -> list[str]:
+    """Return the bars that the chosen networks miss."""
     found = []
-    for r in best:
+    for r in chosen:
         where = f"{r.condition}, {r.steps} steps, {r.variant}"
         if r.over_plain < 0:
             found.append(f"{where}: {r.over_plain:+.1%} over the plain swap")
@@ -369,8 +373,6 @@ def main(arguments: list[str] | None = None) -> int:
     console, seeds = Console(), range(options.seeds)
     RESULTS.mkdir(exist_ok=True)
     ledger = Ledger(RESULTS / "finetuning.jsonl", fresh=options.fresh)
-    if options.fresh:
-        ledger.clear()
     wanted = [
         (seed, condition, variant, rate)
         for seed, condition, variant, rate in product(seeds, CONDITIONS, VARIANTS, RATES)
@@ -379,28 +381,29 @@ def main(arguments: list[str] | None = None) -> int:
     for cell in track(wanted, "fine-tuning", console=console):
         ledger.add(run(*cell))
     every = rows(ledger.cells, seeds)
-    best = best_converted(every)
-    missed = misses(best)
+    chosen = {"best converted": best(every, CONVERTED), "best, frozen ones left out": best(every, NOT_FROZEN)}
     for condition in CONDITIONS:
         console.print(table(condition, every))
-    for r in best:
-        console.print(
-            f"{r.condition}, {r.steps} steps: {r.variant}, {r.over_batch_norm:+.1%} ± "
-            f"{r.over_batch_norm_interval:.1%} over BatchNorm, {r.over_plain:+.1%} ± "
-            f"{r.over_plain_interval:.1%} over the plain swap"
-        )
-    for miss in missed:
-        console.print(f"missed: {miss}", style="red")
+    for name, networks in chosen.items():
+        console.print(f"\n{name}:", style="bold")
+        for r in networks:
+            console.print(
+                f"{r.condition}, {r.steps} steps: {r.variant}, {r.over_batch_norm:+.1%} ± "
+                f"{r.over_batch_norm_interval:.1%} over BatchNorm, {r.over_plain:+.1%} ± "
+                f"{r.over_plain_interval:.1%} over the plain swap"
+            )
+        for miss in misses(networks):
+            console.print(f"missed: {miss}", style="red")
     document = {
         "torch": torch.__version__,
         "seeds": len(seeds),
         "recipe": recipe(),
         "rows": [asdict(r) for r in every],
-        "best converted": [asdict(r) for r in best],
-        "missed": missed,
+        **{name: [asdict(r) for r in networks] for name, networks in chosen.items()},
+        "missed": {name: misses(networks) for name, networks in chosen.items()},
     }
     (RESULTS / "finetuning.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    return 1 if missed else 0
+    return 1 if misses(chosen["best converted"]) else 0
 
 
 if __name__ == "__main__":

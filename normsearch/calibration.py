@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from normsearch.affine_fitting import least_squares, whiten, whitenable
+from normsearch.batches import Batches
 from normsearch.distillation import distill, site_parameters
-from normsearch.errors import ModelError, PlanError
+from normsearch.errors import PlanError
 from normsearch.pairing import Errors, Outputs, Pair
 from normsearch.progress import OnProgress, Stage
 from normsearch.reports import Change
 
 Parameters = Literal["all", "affine"]
 
-#: Of so many first batches every fourth is held out; the other ones are what statistics are fitted to.
-_FITTED, _HELD_OUT_EVERY = 64, 4
 #: A held-out error at which nothing is left to do but rounding.
 _ROUNDING = 1e-6
 
@@ -114,8 +112,8 @@ def calibrate(
         original: the trained model; it is left untouched.
         batches: inputs, never labels, two batches at least: a tuple is ``*args``, a dict ``**kwargs``,
             anything else one argument. They are read several times and must be the same each time, as those
-            of a list or a DataLoader are (shuffling is repeated; workers that draw random numbers of their
-            own are not). Of the first 64 every fourth is held out, or the last one of fewer than four.
+            of a list are, and of a DataLoader that shuffles by torch's own generator. Of the first 64 every
+            fourth is held out, or the last one of fewer than four.
         budget: the most optimisation steps, one batch each; a third of them for the new layers alone.
         parameters: ``all``, or ``affine`` to change nothing but those of the new layers, without whitening.
             With ``all``, parameters elsewhere with ``requires_grad=False`` are whitened but never trained.
@@ -128,8 +126,8 @@ def calibrate(
         A new model; ``calibration_record`` tells what was done.
 
     Raises:
-        ModelError: there are fewer than two batches, they can be read only once or hold NaN; a model fails;
-            outputs do not match or are not finite; the models do not belong together.
+        ModelError: there are fewer than two batches, they can be read only once, change or hold NaN; a model
+            fails; outputs do not match or are not finite; the models do not belong together.
         PlanError: ``budget`` or ``parameters`` is not valid.
 
     Source: folding as in Jacob et al., 2018, arXiv:1712.05877; distillation as in Hinton et al., 2015,
@@ -151,8 +149,8 @@ def calibrate(
     if parameters not in get_args(Parameters):
         raise PlanError(f"parameters={parameters!r} is not one of {', '.join(get_args(Parameters))}")
     with torch.random.fork_rng(devices=[]):
-        data = _Batches(batches, seed)
-        pair = Pair(original, converted, outputs, data.first())
+        data = Batches(batches, seed)
+        pair = Pair(original, converted, outputs, data.first)
     with pair.evaluating():
         ladder = _Ladder(pair, data, on_progress)
         if ladder.before.total > _ROUNDING:
@@ -161,88 +159,10 @@ def calibrate(
     return pair.model
 
 
-class _Batches:
-    """Batches that can be read again and again, in two parts: for training and held out."""
-
-    def __init__(self, batches: Iterable[Any], seed: int) -> None:
-        if isinstance(batches, Iterator):
-            raise ModelError(
-                f"batches is a {type(batches).__name__}, which can be read only once, and calibration reads "
-                "its inputs several times; give a list or a DataLoader"
-            )
-        if isinstance(batches, Tensor | dict | str):
-            raise ModelError(
-                f"batches is a single {type(batches).__name__}; give batches of inputs, for example "
-                "inputs.split(32)"
-            )
-        self._batches, self._seed = batches, seed
-        self.count = 0
-        for inputs in self._read():
-            self.count += 1
-            _refuse_nan(inputs, self.count)
-        if self.count < 2:
-            raise ModelError(
-                f"batches holds {self.count} of them, and calibration needs two at least, one to fit and one "
-                "to hold out; split the inputs, for example inputs.split(32)"
-            )
-
-    @property
-    def held_out_count(self) -> int:
-        """The number of batches held out."""
-        return sum(self._is_held_out(index) for index in range(self.count))
-
-    def first(self) -> Any:
-        """Return the first batch."""
-        return next(self._read())
-
-    def _read(self) -> Iterator[Any]:
-        # A loader that shuffles draws from this generator: every pass is the same.
-        torch.default_generator.manual_seed(self._seed)
-        yield from self._batches
-
-    def _is_held_out(self, index: int) -> bool:
-        if self.count < _HELD_OUT_EVERY:
-            return index == self.count - 1
-        return index < _FITTED and index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-
-    def held_out(self) -> Iterator[Any]:
-        """Yield the held-out batches."""
-        for index, inputs in enumerate(self._read()):
-            if index >= _FITTED:
-                return
-            if self._is_held_out(index):
-                yield inputs
-
-    def fitted(self) -> Iterator[Any]:
-        """Yield the training batches that statistics are fitted to: those among the first."""
-        for index, inputs in enumerate(self._read()):
-            if index >= _FITTED:
-                return
-            if not self._is_held_out(index):
-                yield inputs
-
-    @property
-    def fitted_count(self) -> int:
-        """The number of batches that statistics are fitted to."""
-        return min(self.count, _FITTED) - self.held_out_count
-
-    def training(self) -> Iterator[Any]:
-        """Yield every batch that is not held out."""
-        for index, inputs in enumerate(self._read()):
-            if not self._is_held_out(index):
-                yield inputs
-
-
-def _refuse_nan(inputs: Any, number: int) -> None:
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()):
-            raise ModelError(f"batch {number} holds NaN; clean the inputs, or leave that batch out")
-
-
 class _Ladder:
     """The rungs, what each brought, and the way back from those that brought nothing."""
 
-    def __init__(self, pair: Pair, data: _Batches, on_progress: OnProgress | None) -> None:
+    def __init__(self, pair: Pair, data: Batches, on_progress: OnProgress | None) -> None:
         self._pair, self._data, self._on_progress = pair, data, on_progress
         self.before = self.now = self._measure()
         self._rungs: list[Rung] = []

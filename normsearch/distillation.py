@@ -71,6 +71,10 @@ def distill(
     for done, inputs in enumerate(itertools.islice(_endless(batches), steps), 1):
         with torch.enable_grad():
             loss = _loss(pair, inputs, variances, weight=1 - (done - 1) / steps)
+            if not loss.requires_grad:
+                # The forward pass runs without gradients, or reaches none of the parameters.
+                done -= 1
+                break
             descent.step(torch.autograd.grad(loss, parameters, allow_unused=True))
         if done % LOOK_EVERY and done != steps:
             stage.advance()

@@ -75,7 +75,13 @@ class Pair:
         for model in (original, converted):
             if not isinstance(model, nn.Module):
                 raise ModelError(f"expected two torch.nn.Module, got {type(model).__name__}")
-        self.model = copied(converted)
+        try:
+            self.model = copied(converted)
+        except ModelError as error:
+            raise ModelError(
+                f"the converted {type(converted).__name__} cannot be copied ({error.__cause__}), and "
+                "calibration leaves what it is given untouched; make copy.deepcopy(converted) possible"
+            ) from error
         self.network = unwrapped(self.model)[0]
         self.original = with_calls_lifted(unwrapped(original)[0])
         self._outputs = outputs

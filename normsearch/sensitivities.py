@@ -134,18 +134,25 @@ class Sensitivity:
         return cls(**fields)
 
     def __rich__(self) -> Table:
+        from rich import box
         from rich.markup import escape
         from rich.table import Table
 
         here = self.environment
+        # Long spellings leave no room for the sites: letters stand for them.
+        short = sum(map(len, self.methods)) <= _ROOM_FOR_NAMES
+        heads = self.methods if short else tuple(map(_letter, range(len(self.methods))))
+        legend = "" if short else "\n".join(map("  ".join, zip(heads, self.methods, strict=True))) + "\n"
         table = Table(
             title="output drift (relative L2) when one site alone changes",
-            caption=f"× refused; {here.device}, {here.dtype}, torch {here.torch}",
-            padding=0,
+            caption=escape(f"{legend}× refused; {here.device}, {here.dtype}, torch {here.torch}"),
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
         table.add_column("site", overflow="fold", min_width=12)
-        for method in self.methods:
-            table.add_column(escape(method), justify="right", overflow="fold", min_width=_WIDTH)
+        for head in heads:
+            table.add_column(escape(head), justify="right", no_wrap=True)
         for site in self.sites:
             table.add_row(escape(site or "(model)"), *(_shaded(self.drift[site][m]) for m in self.methods))
         return table
@@ -169,7 +176,11 @@ _SHADES = (
     (0.1, "black on dark_orange"),
     (THRESHOLD, "bold white on red3"),
 )
-_WIDTH = 5
+_WIDTH, _ROOM_FOR_NAMES = 5, 40
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index) if index < 26 else str(index)
 
 
 def _shaded(value: float | None) -> Text:

@@ -114,7 +114,7 @@ class _Effect:
     site: NormSite
     method: Method
     pairs: list[tuple[nn.Module, nn.Module]]
-    sums: DriftSums = field(default_factory=lambda: DriftSums(False))
+    sums: DriftSums = field(default_factory=lambda: DriftSums(logits=False))
     refusal: Refusal | None = None
 
     def add(self, run: Runs, reference: list[Tensor], pick: Any) -> None:

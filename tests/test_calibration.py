@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from normsearch.affine_fitting import least_squares, whiten
 from normsearch.memory import peak_memory
 from normsearch.pairing import Pair
 from normsearch.progress import Stage
+from normsearch.rebuilding import scripts
 
 torch.set_num_threads(1)
 
@@ -343,6 +346,14 @@ def test_the_same_seed_gives_the_same_result_with_a_shuffling_loader_too() -> No
     assert not same(results[0], results[2])
 
 
+def test_a_loader_with_a_generator_of_its_own_is_refused() -> None:
+    original = network()
+    generator = torch.Generator().manual_seed(0)
+    loader: Any = DataLoader(list(images()), batch_size=8, shuffle=True, generator=generator)
+    with pytest.raises(ModelError, match="other inputs each time"):
+        calibrate(convert(original, "rms"), original, loader, budget=1)
+
+
 def test_memory_does_not_grow_with_the_number_of_batches() -> None:
     original = network()
     converted = convert(original, "group(groups=4)")
@@ -522,6 +533,11 @@ def test_a_calibrated_model_is_saved_and_loaded(tmp_path: Path) -> None:
     normsearch.save(calibrated, path, architecture=architecture, plan=plan)
     with torch.no_grad():
         assert torch.equal(normsearch.load(path).model(x), calibrated(x))
+    for name, text in scripts(calibrated, architecture, plan, path.name).items():
+        (tmp_path / name).write_text(text)
+    script = runpy.run_path(str(tmp_path / "model.py"))
+    with torch.no_grad():
+        assert torch.equal(script["load"]()(x), calibrated(x))
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -557,6 +573,30 @@ def test_models_that_do_not_belong_together() -> None:
         calibrate(3, original, images().split(12))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="no floating-point tensor"):
         calibrate(_Classes(convert(original, "rms")), _Classes(original), images().split(12))
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    original = network()
+    converted = convert(original, "rms")
+    converted.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="calibration leaves what it is given untouched"):
+        calibrate(converted, original, images().split(12))
+
+
+def test_a_forward_pass_without_gradients_is_fitted_but_not_trained() -> None:
+    class Inference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.net(x)
+            return y
+
+    original = Inference().eval()
+    record = record_of(calibrate(convert(original, "rms"), original, images().split(12), budget=9))
+    assert [rung.steps for rung in record.rungs if rung.name in ("affine", "all")] == [0, 0]
 
 
 class _Classes(nn.Module):

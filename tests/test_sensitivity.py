@@ -29,6 +29,7 @@ from normsearch import (
     convert,
     explain,
     find_sites,
+    parse_method,
     sensitivity,
 )
 from normsearch import site_effects as module_under_test
@@ -271,6 +272,31 @@ def test_wrapped_models_keep_their_prefix() -> None:
     ]
 
 
+def test_compiled_models_are_run_eagerly_inside_their_wrapper() -> None:
+    network = trained(Residual())
+    result = sensitivity(torch.compile(network), "group", images())
+    plain = sensitivity(network, "group", images())
+    assert list(result.drift.values()) == list(plain.drift.values())
+
+
+def test_lazy_models_are_initialised_on_a_copy() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU()).eval()
+    result = sensitivity(network, ["group", "frozen"], images())
+    assert result.drift["1"]["frozen"] < 1e-6 < result.drift["1"]["group"]
+    assert network[0].has_uninitialized_params()
+
+
+def test_frozen_parameters_stay_frozen_and_methods_may_be_objects() -> None:
+    network = trained(Residual())
+    network.first.weight.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in network.parameters()]
+    given = [parse_method("frozen"), parse_method("frozen(trainable=true)"), "frozen"]
+    result = sensitivity(network, given, images())
+    assert result.methods == ("frozen", "frozen(trainable=true)")
+    assert [parameter.requires_grad for parameter in network.parameters()] == before
+
+
 def test_hooks_of_the_users_fire_and_see_the_new_output() -> None:
     network = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     network[1].register_forward_hook(lambda module, args, output: output * 3 + 1)
@@ -314,7 +340,8 @@ def test_resumed_and_whole_runs_agree_on_real_models(name: str, monkeypatch: pyt
     assert fast.refusals == slow.refusals
     for site in sites:
         for method in methods:
-            assert fast.drift[site][method] == pytest.approx(slow.drift[site][method], rel=1e-3, abs=1e-6)
+            one, other = fast.drift[site][method], slow.drift[site][method]
+            assert one == (other if other is None else pytest.approx(other, rel=1e-3, abs=1e-6))
     site = fast.sites[len(fast.sites) // 2]
     expected = by_conversion_of(network, site, batches, outputs)
     assert fast.drift[site]["group"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
@@ -619,6 +646,12 @@ def test_a_misspelt_method_in_json_is_refused() -> None:
         Sensitivity.from_json(text)
 
 
+def printed(result: Sensitivity, **options: Any) -> str:
+    out = io.StringIO()
+    Console(file=out, width=80, legacy_windows=False, **options).print(result)
+    return out.getvalue()
+
+
 def test_the_table_shows_every_number_at_80_columns() -> None:
     methods = [
         "group",
@@ -630,27 +663,33 @@ def test_the_table_shows_every_number_at_80_columns() -> None:
         "switchable",
         "frozen",
     ]
-    result = sensitivity(trained(models.resnet18(weights=None)), methods, images(1, 32), sites=["layer2.*"])
-    out = io.StringIO()
-    Console(file=out, width=80, color_system="truecolor", force_terminal=True, legacy_windows=False).print(
-        result
-    )
-    assert "\x1b[" in out.getvalue()
-    plain = io.StringIO()
-    Console(file=plain, width=80).print(result)
-    assert max(map(len, plain.getvalue().splitlines())) <= 80
-    for row in result.drift.values():
-        for value in row.values():
-            if value is not None and 5e-4 <= value < 10:
-                assert f"{value:.3f}" in plain.getvalue()
+    network = trained(models.resnet18(weights=None))
+    result = sensitivity(network, methods, images(1, 32), sites=["layer2.*"])
+    text = printed(result)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
     for site in result.sites:
-        # Long paths fold; nothing of them is cut off.
-        assert site.rpartition(".")[2] in plain.getvalue()
-    out = io.StringIO()
-    Console(file=out, width=80).print(table())
-    assert "×" in out.getvalue()
-    assert "inf" in out.getvalue()
-    assert "b[0]" in out.getvalue()
+        (line,) = (line for line in lines if line.split()[:1] == [site])
+        # One number per method, to the digits that fit: none is cut off or folded.
+        shown = [float(number) for number in line.split()[1:]]
+        for method, number in zip(methods, shown, strict=True):
+            assert number == pytest.approx(
+                result.drift[site][method], rel=0.5 if number < 5e-4 else 0, abs=6e-4
+            )
+    # Letters stand for the methods, whose spellings follow in full.
+    assert [line.split() for line in lines if line.split()[1:2] and line.split()[1] in methods] == [
+        [letter, method] for letter, method in zip("ABCDEFGH", methods, strict=True)
+    ]
+
+
+def test_the_table_names_few_methods_and_shades_by_drift() -> None:
+    text = printed(table())
+    assert ["site", "instance", "group"] in [line.split() for line in text.splitlines()]
+    assert ["b[0]", "0.600", "0.300"] in [line.split() for line in text.splitlines()]
+    assert ["c", "×", "inf"] in [line.split() for line in text.splitlines()]
+    coloured = printed(table(), color_system="truecolor", force_terminal=True)
+    low, high = coloured.index("0.010"), coloured.index("0.600")
+    assert coloured[:low].rpartition("\x1b[")[2] != coloured[:high].rpartition("\x1b[")[2]
 
 
 # --- errors ------------------------------------------------------------------------------------------

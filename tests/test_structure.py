@@ -13,7 +13,7 @@ PACKAGE = Path(normsearch.__file__).parent
 #: Lower modules first; a module imports only from its own row's left or from rows above.
 LAYERS = (
     ("errors", "progress", "reparametrization", "layer_sources", "text"),
-    ("forward", "registries", "files", "tables"),
+    ("forward", "registries", "files", "tables", "batches"),
     ("tracing", "architectures"),
     ("moments", "observation", "memory"),
     ("lifting",),
@@ -27,8 +27,9 @@ LAYERS = (
     ("surgery",),
     ("state_dicts",),
     ("conversion", "measurement", "recalibration", "resumption", "pairing"),
-    ("graph", "admission", "site_effects", "site_outputs", "affine_fitting", "distillation"),
+    ("affine_fitting", "distillation"),
     ("calibration",),
+    ("graph", "admission", "site_effects", "site_outputs"),
     ("fitting", "inputs", "reporting"),
     ("checkpoints", "arguments"),
     ("rebuilding", "training_state"),
@@ -103,6 +104,8 @@ def test_wheel_holds_the_package_alone(tmp_path: Path) -> None:
     ).stdout
     folders = {line.split("/")[0] for line in listing.splitlines()[1:]}
     assert folders == {"normsearch", f"normsearch-{normsearch.__version__}.dist-info"}
+    templates = {path.name for path in (PACKAGE / "reporting" / "templates").iterdir()}
+    assert {name for name in templates if f"normsearch/reporting/templates/{name} " in listing} == templates
 
 
 def test_every_public_name_is_documented() -> None:
