@@ -208,12 +208,13 @@ def made(net: nn.Module, batches: list[Tensor]) -> tuple[Document, nn.Module, nn
     logits.copy_(torch.tensor([0.0, 1.0, 2.0]))
     sensitivity = normsearch.sensitivity(net, ["group", "instance", "identity"], batches)
     record = Calibration(
-        Change(0.3, 0.1),
-        {},
-        (Rung("whitening", 0.2, True, 0, 1.5), Rung("affine", float("nan"), False, 20, 2.0)),
-        ("last",),
-        8,
-        2,
+        error=Change(0.3, 0.1),
+        sites={},
+        rungs=(Rung("whitening", 0.2, True, 0, 1.5), Rung("affine", float("nan"), False, 20, 2.0)),
+        whitened=("last",),
+        gained_bias=("middle",),
+        batches=8,
+        held_out=2,
     )
     found = document(
         net,
@@ -294,7 +295,8 @@ def test_document_holds_gates_and_calibration(made: tuple[Document, nn.Module, n
     variance = calibrated.get_submodule("twice").var_logits.detach().double().softmax(0)
     assert mixture.variance == pytest.approx(variance.tolist(), rel=1e-12)
     done = part(found, sections.CalibrationPart)
-    assert (done.before, done.after, done.whitened) == (0.3, 0.1, ("last",))
+    assert (done.before, done.after, done.batches, done.held_out) == (0.3, 0.1, 8, 2)
+    assert (done.whitened, done.gained_bias) == (("last",), ("middle",))
     assert [(step.name, step.error, step.kept, step.steps) for step in done.steps] == [
         ("whitening", 0.2, True, 0),
         ("affine", None, False, 20),

@@ -222,11 +222,13 @@ def _calibration(done: Calibration) -> sections.CalibrationPart:
         )
         for rung in done.rungs
     ]
+    whitened = any(rung.kept and rung.name == "whitening" for rung in done.rungs)
     return sections.CalibrationPart(
         before=_finite(done.error.before),
         after=_finite(done.error.after),
         steps=tuple(steps),
-        whitened=done.whitened if any(rung.kept and rung.name == "whitening" for rung in done.rungs) else (),
+        whitened=done.whitened if whitened else (),
+        gained_bias=done.gained_bias if whitened else (),
         batches=done.batches,
         held_out=done.held_out,
     )

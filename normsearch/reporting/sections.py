@@ -108,6 +108,7 @@ class CalibrationPart:
         after: the held-out error after it.
         steps: what was tried, in order.
         whitened: paths of the sites whose input is whitened by the layer before.
+        gained_bias: paths of the layers that gained a bias for it.
         batches: how many batches there were.
         held_out: how many of them measured the error and trained nothing.
 
@@ -119,6 +120,7 @@ class CalibrationPart:
     after: float | None
     steps: tuple[CalibrationStep, ...]
     whitened: tuple[str, ...] = ()
+    gained_bias: tuple[str, ...] = ()
     batches: int
     held_out: int
 
