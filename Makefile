@@ -28,9 +28,11 @@ test-all: lint
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
+	$(BIN)/python -m benchmarks.calibration
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.checkpoint_memory
 	$(BIN)/python -m benchmarks.fuzz_admission
+	$(BIN)/python -m benchmarks.finetuning
 
 clean:
 	rm -rf .venv demo-output

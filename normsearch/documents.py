@@ -11,6 +11,8 @@ from pydantic.dataclasses import dataclass
 from normsearch.activations import Activation
 from normsearch.dataflow import Producer
 from normsearch.errors import PlanError
+from normsearch.methods import Refusal
+from normsearch.reports import Environment
 from normsearch.sites import NormSite
 
 _CONFIG = ConfigDict(extra="forbid", strict=False)
@@ -29,7 +31,17 @@ class _Plan:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(config=_CONFIG)
+class _Sensitivity:
+    sites: tuple[str, ...]
+    methods: tuple[str, ...]
+    drift: dict[str, dict[str, float | None]]
+    refusals: tuple[Refusal, ...]
+    environment: Environment
+
+
 _PLAN = TypeAdapter(_Plan)
+_SENSITIVITY = TypeAdapter(_Sensitivity)
 _SITE = TypeAdapter(NormSite, config=None)
 
 
@@ -57,6 +69,32 @@ def read_plan(text: str | bytes) -> tuple[list[tuple[NormSite, str, tuple[str, .
     if twice:
         raise PlanError(f"not a plan: {', '.join(sorted(twice))} occurs twice; each site has one row")
     return rows, document.notes
+
+
+def read_sensitivity(text: str | bytes) -> dict[str, Any]:
+    """Return the fields of a sensitivity.
+
+    Raises:
+        PlanError: not JSON, a field is missing, unknown or of another type, or a site or method lacks a
+            value.
+
+    """
+    try:
+        document = _SENSITIVITY.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the text"
+        raise PlanError(
+            f"not a sensitivity: {where}: {first['msg']}; give what Sensitivity.to_json() wrote"
+        ) from error
+    rows = {site: set(row) for site, row in document.drift.items()}
+    if rows != {site: set(document.methods) for site in document.sites}:
+        raise PlanError("not a sensitivity: drift must have each site, and each method at each site")
+    values = [value for row in document.drift.values() for value in row.values() if value is not None]
+    # NaN compares with nothing.
+    if not all(value >= 0 for value in values):
+        raise PlanError("not a sensitivity: a drift is a number, at least 0, or null")
+    return {name: getattr(document, name) for name in _Sensitivity.__dataclass_fields__}
 
 
 def _known(site: dict[str, Any]) -> dict[str, Any]:

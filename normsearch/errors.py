@@ -32,6 +32,14 @@ class CheckpointError(NormsearchError):
     """A checkpoint cannot be read, written or rebuilt."""
 
 
+class ReportError(NormsearchError):
+    """A report is malformed, or cannot be written as asked."""
+
+
+class TrainingError(NormsearchError):
+    """Training cannot start or go on."""
+
+
 class StateError(NormsearchError):
     """A state dict does not belong to the model that a plan was made for."""
 

@@ -14,6 +14,8 @@ from normsearch.architectures import Architecture, build
 from normsearch.conversion import convert
 from normsearch.errors import ArchitectureError, CheckpointError, NormsearchError
 from normsearch.plans import Plan
+from normsearch.reparametrization import out_channels
+from normsearch.tracing import WEIGHTED
 
 #: What wrappers put before every name, and who does.
 _PREFIXES = {
@@ -131,7 +133,18 @@ def _converted(model: nn.Module, plan: Plan | None, names: Iterable[str]) -> nn.
         if not site.affine:
             trained = bool({f"{site.path}.weight", f"{site.path}.norm.weight"} & known)
         _mark(module, trained)
-    return convert(model, plan, in_place=True)
+    converted = convert(model, plan, in_place=True)
+    _gain_biases(converted, known)
+    return converted
+
+
+def _gain_biases(model: nn.Module, names: set[str]) -> None:
+    """Give layers the biases that whitening left in a file: calibration adds them where there were none."""
+    for path, module in model.named_modules():
+        lacks = isinstance(module, WEIGHTED) and module._parameters.get("bias", module) is None
+        if lacks and f"{path}.bias" in names:
+            like = next(iter(module.parameters()))
+            module.register_parameter("bias", nn.Parameter(like.new_zeros(out_channels(module))))
 
 
 def _mark(module: nn.Module, trained: bool) -> None:

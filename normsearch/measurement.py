@@ -64,23 +64,25 @@ def compare(
     """
     _check_models(original, converted)
     pick = outputs or (lambda output: output)
-    sums = _Sums(logits)
+    sums = DriftSums(logits)
     first = None
     with evaluating(original), evaluating(converted):
         for inputs in batches:
             first = inputs if first is None else first
-            sums.add(_named(pick(try_call(original, inputs))), _named(pick(try_call(converted, inputs))))
+            before, after = (_named(pick(try_call(model, inputs))) for model in (original, converted))
+            _same_places(before, after)
+            sums.add(list(before.values()), [after[place] for place in before])
         if first is None:
             raise ModelError("compare got no batch; give at least one input")
         scores = None if metric is None else (float(metric(original)), float(metric(converted)))
     dependence = tuple(
-        batch_dependence(model, first, lambda output: _floats(pick(output)))
+        batch_dependence(model, first, lambda output: floating_tensors(pick(output)))
         for model in (original, converted)
     )
     crops = None
     if crop is not None:
         crops = tuple(
-            crop_dependence(model, first, lambda output: _floats(pick(output)), crop)
+            crop_dependence(model, first, lambda output: floating_tensors(pick(output)), crop)
             for model in (original, converted)
         )
     return Report(
@@ -134,7 +136,7 @@ def profile(model: nn.Module, inputs: Any, *, repeats: int = 10) -> Profile:
     )
 
 
-class _Sums:
+class DriftSums:
     """Drift over batches in constant memory."""
 
     def __init__(self, logits: bool) -> None:
@@ -142,14 +144,8 @@ class _Sums:
         self._distance = self._norm = self._divergence = 0.0
         self._agreeing = self._predictions = 0
 
-    def add(self, named_before: dict[str, Tensor], named_after: dict[str, Tensor]) -> None:
-        """Add the outputs of one batch, by their places in the output."""
-        if set(named_before) != set(named_after):
-            raise ModelError(
-                f"the outputs do not match: tensors at {sorted(named_before)} before, "
-                f"{sorted(named_after)} after; give outputs=, a function that picks comparable tensors"
-            )
-        before, after = list(named_before.values()), [named_after[name] for name in named_before]
+    def add(self, before: list[Tensor], after: list[Tensor]) -> None:
+        """Add the outputs of one batch."""
         shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (before, after)]
         if shapes[0] != shapes[1]:
             raise ModelError(
@@ -189,6 +185,11 @@ class _Sums:
         return Drift(relative, self._divergence / self._predictions, self._agreeing / self._predictions)
 
 
+def floating_tensors(output: Any) -> list[Tensor]:
+    """Return every floating-point tensor in a model's output."""
+    return list(_named(output).values())
+
+
 def _named(output: Any) -> dict[str, Tensor]:
     """Return the floating-point tensors in a model's output by their places in it."""
     leaves, _ = tree_flatten_with_path(output)
@@ -199,8 +200,12 @@ def _named(output: Any) -> dict[str, Tensor]:
     }
 
 
-def _floats(output: Any) -> list[Tensor]:
-    return list(_named(output).values())
+def _same_places(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    if set(before) != set(after):
+        raise ModelError(
+            f"the outputs do not match: tensors at {sorted(before)} before, {sorted(after)} after; give "
+            "outputs=, a function that picks comparable tensors"
+        )
 
 
 def _check_models(*models: nn.Module) -> None:

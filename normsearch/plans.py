@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -15,9 +15,7 @@ from normsearch.errors import PlanError, RefusedError
 from normsearch.forward import is_lazy, materialised
 from normsearch.methods import METHODS, Method, Refusal, parse_method
 from normsearch.sites import NormSite, analyse
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from normsearch.tables import Column, Listing
 
 #: What ``to`` may be: a spelling, a method, an order of preference, or glob patterns of paths to these.
 Choice = str | Method | Sequence[str | Method]
@@ -77,7 +75,7 @@ class Explanation:
         ]
         return json.dumps({"rows": rows, "notes": self.notes}, indent=2)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Listing:
         return _table(self.rows, self.notes)
 
 
@@ -157,7 +155,7 @@ class Plan(Mapping[str, Method]):
         rows, notes = read_plan(text)
         return cls(tuple(Row(site, parse_method(spelling), (), row) for site, spelling, row in rows), notes)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Listing:
         return _table(self.rows, self.notes)
 
 
@@ -332,22 +330,27 @@ def _site_refusal(site: NormSite, method: Method) -> Refusal | None:
     return None
 
 
-def _table(rows: Sequence[Row], notes: Sequence[str]) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"{len(rows)} sites", caption=escape("\n".join(notes)) or None)
-    for column in ("site", "layer", "channels", "method", "eval function", "notes"):
-        table.add_column(column, overflow="fold", justify="right" if column == "channels" else "left")
+def _table(rows: Sequence[Row], notes: Sequence[str]) -> Listing:
+    columns = (
+        Column("site"),
+        Column("method"),
+        Column("function", optional=True),
+        Column("channels", number=True, optional=True),
+        Column("layer", optional=True),
+        Column("notes", prose=True),
+    )
+    lines = []
     for row in rows:
         said = [f"{refusal.method}: {refusal.reason}; {refusal.remedy}" for refusal in row.refusals]
         method = row.method
-        table.add_row(
-            escape(row.site.path or "(model)"),
-            escape(row.site.layer.rpartition(".")[2]),
-            str(row.site.channels or "?"),
-            "refused" if method is None else escape(str(method)),
-            "" if method is None else "exact" if method.exact_at(row.site) else "approximate",
-            escape("\n".join((*row.notes, *said))),
+        lines.append(
+            (
+                row.site.path or "(model)",
+                "refused" if method is None else str(method),
+                "" if method is None else "exact" if method.exact_at(row.site) else "approximate",
+                str(row.site.channels or "?"),
+                row.site.layer.rpartition(".")[2],
+                "\n".join((*row.notes, *said)),
+            )
         )
-    return table
+    return Listing(f"{len(rows)} sites", columns, lines, notes)

@@ -14,8 +14,8 @@ class Progress:
     Attributes:
         stage: what is being done, in a few words.
         done: steps of the stage that are finished.
-        total: steps that the stage has at most.
-        seconds_left: estimated from the steps done so far; None before the first.
+        total: steps that the stage has at most; 0 where nobody knows.
+        seconds_left: estimated from the steps done so far; None before the first, and without a total.
         detail: what the last step found, for example a held-out error.
 
     """
@@ -32,11 +32,11 @@ OnProgress = Callable[[Progress], None]
 
 
 class Stage:
-    """One stage of ``total`` steps that reports to a callback, if there is one."""
+    """One stage of ``total`` steps, ``done`` of them in an earlier run, that reports to a callback."""
 
-    def __init__(self, name: str, total: int, callback: OnProgress | None) -> None:
+    def __init__(self, name: str, total: int, callback: OnProgress | None, *, done: int = 0) -> None:
         self._name, self._total, self._callback = name, total, callback
-        self._done = 0
+        self._done = self._before = done
         self._start = time.monotonic()
         self._report("")
 
@@ -49,6 +49,7 @@ class Stage:
         if self._callback is None:
             return
         left = None
-        if self._done:
-            left = (time.monotonic() - self._start) / self._done * max(self._total - self._done, 0)
+        if self._done > self._before and self._total:
+            pace = (time.monotonic() - self._start) / (self._done - self._before)
+            left = pace * max(self._total - self._done, 0)
         self._callback(Progress(self._name, self._done, self._total, left, detail))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normsearch.architectures import Architecture, construction
+from normsearch.calibration import calibration_record
 from normsearch.checkpoints import shared_names
 from normsearch.errors import CheckpointError
 from normsearch.forward import TORCH_ATTRIBUTES
@@ -19,12 +21,33 @@ from normsearch.reparametrization import Reparametrized
 
 SCRIPT, LAYERS = "model.py", "normsearch_layers.py"
 
+
+def script_names(weights: str) -> tuple[str, str]:
+    """Return names for the script and its layers beside a file of weights: several fit into one folder.
+
+    Example:
+        >>> script_names("resnet50-group.safetensors")
+        ('resnet50_group_model.py', 'resnet50_group_layers.py')
+
+    """
+    stem = re.sub(r"\W", "_", weights.removesuffix(".safetensors"), flags=re.ASCII)
+    # What follows must be a name that Python can import.
+    stem = f"_{stem}" if stem[:1].isdigit() else stem
+    return f"{stem}_model.py", f"{stem}_layers.py"
+
+
 #: Attributes that do not change what a layer computes in this process.
 _IMMATERIAL = {"training", "ranks", "synchronized", "process_group"}
 
 
-def scripts(model: nn.Module, architecture: Architecture, plan: Plan | None, weights: str) -> dict[str, str]:
-    """Return the files that rebuild a converted network: ``model.py``, and one of layers if it has ours.
+def scripts(
+    model: nn.Module,
+    architecture: Architecture,
+    plan: Plan | None,
+    weights: str,
+    names: tuple[str, str] = (SCRIPT, LAYERS),
+) -> dict[str, str]:
+    """Return the files that rebuild a converted network: a script, and one of layers if it has ours.
 
     Every value in them is written as a literal of a checked type, so that no name, path or option of a
     checkpoint can become code.
@@ -34,6 +57,7 @@ def scripts(model: nn.Module, architecture: Architecture, plan: Plan | None, wei
         architecture: what built it.
         plan: what was changed.
         weights: the name of the safetensors file beside the script.
+        names: of the script and of the file of layers.
 
     Raises:
         CheckpointError: a layer cannot be written as a constructor's call.
@@ -49,9 +73,9 @@ def scripts(model: nn.Module, architecture: Architecture, plan: Plan | None, wei
     function = f"{call.module}.{call.function}"
     build = [f"model = {function}({', '.join(arguments)})", *writer.lines]
     loading = _loading(model, weights)
-    files = {SCRIPT: _script(writer, call.module, build, loading, title)}
+    files = {names[0]: _script(writer, call.module, build, loading, title, names)}
     if writer.own:
-        files[LAYERS] = standalone(sorted(writer.own, key=lambda cls: cls.__name__))
+        files[names[1]] = standalone(sorted(writer.own, key=lambda cls: cls.__name__))
     return files
 
 
@@ -204,6 +228,9 @@ def _write_changes(writer: _Writer, model: nn.Module, plan: Plan | None) -> None
         feed = site.producer
         if method.rewrites_producer(site) and feed is not None and feed.path != site.path:
             writer.put_producer(feed.path, modules[feed.path])
+    record = calibration_record(model)
+    for path in () if record is None else record.gained_bias:
+        writer.put_producer(path, modules[path])
     writer.check_containers(model)
 
 
@@ -275,7 +302,9 @@ def followed_by(norm: nn.Module, old: nn.Module, names: tuple[str, ...]) -> nn.M
 '''
 
 
-def _script(writer: _Writer, module: str, build: list[str], loading: list[str], title: str) -> str:
+def _script(
+    writer: _Writer, module: str, build: list[str], loading: list[str], title: str, names: tuple[str, str]
+) -> str:
     standard = ["from collections import OrderedDict"] if writer.keeps_activations else []
     standard.append("from pathlib import Path")
     body = "\n".join((*build, *loading))
@@ -283,15 +312,16 @@ def _script(writer: _Writer, module: str, build: list[str], loading: list[str], 
     if "torch." in body.replace(f"{module}.", ""):
         third.insert(0, "import torch")
     own = (
-        [f"from {LAYERS[:-3]} import {', '.join(sorted(cls.__name__ for cls in writer.own))}"]
+        [f"from {names[1][:-3]} import {', '.join(sorted(cls.__name__ for cls in writer.own))}"]
         if writer.own
         else []
     )
     needs = ", ".join(dict.fromkeys(("torch", module.partition(".")[0], "safetensors")))
     return (
         f'"""{title}.\n\nNeeds {needs}'
-        + (f", and {LAYERS} beside it" if own else "")
-        + '; not normsearch.\n\n    from model import load\n\n    model = load()\n"""\n\n'
+        + (f", and {names[1]} beside it" if own else "")
+        + "; not normsearch.\n\n"
+        + f'    from {names[0][:-3]} import load\n\n    model = load()\n"""\n\n'
         + "\n".join(standard)
         + "\n\n"
         + "\n".join(sorted(third, key=lambda line: (line.startswith("from"), line)))

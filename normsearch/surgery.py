@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normsearch.forward import TORCH_ATTRIBUTES
 from normsearch.methods import Built, Keep, Method, TrainedNorm
@@ -60,8 +61,10 @@ def replace_layers(
         trained = TrainedNorm.of(old, site) if site.kind != "weight" else TrainedNorm.absent(site)
         built = method.build(site, trained.reset(keep), _producer(site, method, model, new))
         absorbs = method.absorbs(site)
-        dressed = built.module if site.kind == "weight" else _dressed(site, old, built.module, absorbs)
-        new[id(old)] = (old, dressed)
+        new[id(old)] = (old, built.module)
+        if site.kind != "weight":
+            new[id(old)] = (old, dressed := _dressed(site, old, built.module, absorbs))
+            _move_hooks(old, dressed)
         if absorbs and site.followed_by is not None and not site.followed_by.inside:
             act = model.get_submodule(site.followed_by.path)
             new[id(act)] = (act, nn.Identity().train(act.training))
@@ -78,6 +81,29 @@ def replace_layers(
     return changed
 
 
+def candidate(model: nn.Module, site: NormSite, method: Method) -> list[tuple[nn.Module, nn.Module]]:
+    """Build what a method would put at one BatchNorm site, for a look: old and new layers, nothing replaced.
+
+    The new layers stand alone: they share neither γ and β nor the site's hooks with the model.
+    """
+    old = model.get_submodule(site.path)
+    trained = TrainedNorm.of(old, site)
+    # A method may decide what of γ and β is trained, which must not show in the model.
+    own = replace(trained, weight=_apart(trained.weight), bias=_apart(trained.bias))
+    built = method.build(site, own, _producer(site, method, model, {}))
+    absorbs = method.absorbs(site)
+    pairs = [(old, _dressed(site, old, built.module, absorbs))]
+    if absorbs and site.followed_by is not None and not site.followed_by.inside:
+        pairs.append((model.get_submodule(site.followed_by.path), nn.Identity()))
+    if built.producer is not None and site.producer is not None:
+        pairs.append((model.get_submodule(site.producer.path), built.producer))
+    return pairs
+
+
+def _apart(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
 def _producer(
     site: NormSite, method: Method, model: nn.Module, new: Mapping[int, tuple[nn.Module, nn.Module]]
 ) -> nn.Module | None:
@@ -90,7 +116,7 @@ def _producer(
 
 
 def _dressed(site: NormSite, old: nn.Module, new: nn.Module, absorbs: bool) -> nn.Module:
-    """Give a new layer the old one's training flag, ranks, hooks and what it carried inside.
+    """Give a new layer the old one's training flag, ranks and what it carried inside.
 
     ``absorbs`` says that the new layer takes the place of the activation inside too.
     """
@@ -107,8 +133,7 @@ def _dressed(site: NormSite, old: nn.Module, new: nn.Module, absorbs: bool) -> n
             if name in old._modules:
                 fused.add_module(name, old._modules[name])
         fused.training = old.training
-        new = fused
-    _move_hooks(old, new)
+        return fused
     return new
 
 

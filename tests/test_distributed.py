@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-from normsearch import convert
+from normsearch import convert, recalibrate
 
 torch.set_num_threads(1)
 
@@ -85,6 +85,11 @@ def one_pass(model: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Any]:
     }
 
 
+def recalibrated(model: nn.Module, x: Tensor, mine: slice) -> dict[str, Tensor]:
+    """Buffers after two batches, of which this process has a share."""
+    return dict(recalibrate(model, [x[mine], (2 * x + 1)[mine]]).named_buffers())
+
+
 def share(rank: int, split: tuple[int, ...]) -> slice:
     return slice(sum(split[:rank]), sum(split[: rank + 1]))
 
@@ -116,6 +121,7 @@ def work(rank: int, folder: str) -> None:
         for split in SPLITS:
             mine = share(rank, split)
             results[f"{method} {split}"] = one_pass(converted(method, sync=True), x[mine], weights[mine])
+            results[f"recalibrated {method} {split}"] = recalibrated(converted(method, sync=True), x, mine)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -195,4 +201,17 @@ class TestSynchronized:
             found = result[f"{method} {split}"]["buffers"]
             assert set(found) == set(whole["buffers"])
             for name, value in whole["buffers"].items():
+                torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
+
+    def test_recalibrated_statistics_equal_the_whole_batches(
+        self, method: str, split: tuple[int, int], results: list[dict[str, Any]]
+    ) -> None:
+        x, _ = batch()
+        whole = recalibrated(converted(method, sync=False), x, slice(None))
+        alone = recalibrated(converted(method, sync=False), x, share(0, split))
+        assert (whole["1.running_var"] - alone["1.running_var"]).norm() > 1e-3
+        for result in results:
+            found = result[f"recalibrated {method} {split}"]
+            assert set(found) == set(whole)
+            for name, value in whole.items():
                 torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)

@@ -34,3 +34,19 @@ def test_an_exception_of_the_callback_ends_the_work() -> None:
     stage = Stage("fit", 2, stop)
     with pytest.raises(KeyboardInterrupt):
         stage.advance()
+
+
+def test_steps_of_an_earlier_run_count_but_tell_nothing_about_the_pace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr("normsearch.progress.time.monotonic", lambda: next(clock))
+    seen: list[Progress] = []
+    Stage("fit", 10, seen.append, done=6).advance()
+    assert seen == [Progress("fit", 6, 10, None), Progress("fit", 7, 10, 6.0)]
+
+
+def test_without_a_total_nothing_is_estimated() -> None:
+    seen: list[Progress] = []
+    Stage("fit", 0, seen.append).advance()
+    assert seen == [Progress("fit", 0, 0, None), Progress("fit", 1, 0, None)]

@@ -12,8 +12,8 @@ import normsearch
 PACKAGE = Path(normsearch.__file__).parent
 #: Lower modules first; a module imports only from its own row's left or from rows above.
 LAYERS = (
-    ("errors", "progress", "reparametrization", "layer_sources"),
-    ("forward", "registries"),
+    ("errors", "progress", "reparametrization", "layer_sources", "text"),
+    ("forward", "registries", "files", "tables", "batches"),
     ("tracing", "architectures"),
     ("moments", "observation", "memory"),
     ("lifting",),
@@ -21,16 +21,20 @@ LAYERS = (
     ("dataflow",),
     ("sites",),
     ("methods", "dependence", "compatibility"),
+    ("reports",),
     ("documents",),
     ("plans",),
-    ("optimizers", "reports"),
+    ("optimizers", "sensitivities"),
     ("surgery", "lipschitz"),
     ("state_dicts",),
-    ("conversion", "measurement"),
-    ("graph", "admission"),
-    ("fitting", "arguments"),
-    ("checkpoints",),
-    ("rebuilding",),
+    ("conversion", "measurement", "recalibration", "resumption", "pairing"),
+    ("affine_fitting", "distillation"),
+    ("calibration",),
+    ("graph", "admission", "site_effects", "site_outputs"),
+    ("fitting", "inputs", "reporting"),
+    ("checkpoints", "arguments"),
+    ("rebuilding", "training_state"),
+    ("training",),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -101,6 +105,8 @@ def test_wheel_holds_the_package_alone(tmp_path: Path) -> None:
     ).stdout
     folders = {line.split("/")[0] for line in listing.splitlines()[1:]}
     assert folders == {"normsearch", f"normsearch-{normsearch.__version__}.dist-info"}
+    templates = {path.name for path in (PACKAGE / "reporting" / "templates").iterdir()}
+    assert {name for name in templates if f"normsearch/reporting/templates/{name} " in listing} == templates
 
 
 def test_every_public_name_is_documented() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 import normsearch
 from normsearch.architectures import Architecture
-from normsearch.arguments import make_inputs, read_plan, read_to
+from normsearch.arguments import read_plan, read_to
 from normsearch.checkpoints import Checkpoint, save
 from normsearch.commands.options import (
     Arch,
@@ -21,26 +21,35 @@ from normsearch.commands.options import (
     Entry,
     File,
     Force,
+    ImageSize,
     Inputs,
     Json,
     Keep,
     Logits,
+    Mean,
     Methods,
     Shape,
+    Std,
 )
 from normsearch.commands.running import (
     OUT,
     fail,
+    first_of,
+    given_inputs,
     loaded_from,
     print_json,
     progress,
     refuse_outputs,
     reported,
-    write_text,
+    show,
 )
+from normsearch.commands.wording import in_options
 from normsearch.errors import NormsearchError
+from normsearch.files import write_text
+from normsearch.inputs import Batches
 from normsearch.plans import Plan
-from normsearch.rebuilding import LAYERS, SCRIPT, scripts
+from normsearch.rebuilding import script_names, scripts
+from normsearch.text import visible
 
 
 @reported
@@ -60,12 +69,15 @@ def convert(
     input_shape: Shape = None,
     inputs: Inputs = None,
     batch_size: Batch = 4,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
     report: Annotated[
         Path | None, typer.Option(help="Write what changed as JSON; needs --inputs or --input-shape.")
     ] = None,
     logits: Logits = False,
     script: Annotated[
-        bool, typer.Option(help=f"Write {SCRIPT}, which rebuilds the network without normsearch.")
+        bool, typer.Option(help="Write NAME_model.py, which rebuilds the network without normsearch.")
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
     force: Force = False,
@@ -81,16 +93,17 @@ def convert(
         raise typer.BadParameter("say where to write, for example -o out.safetensors", param_hint="--output")
     if report is not None and input_shape is None and inputs is None:
         raise typer.BadParameter("a report needs --input-shape or --inputs", param_hint="--report")
+    if logits and report is None:
+        raise typer.BadParameter("it is part of a report; give --report too", param_hint="--logits")
     if output is not None and not dry_run:
         # Before the work, not after it.
-        beside = [output.with_name(SCRIPT), output.with_name(LAYERS)] if script else []
+        beside = [output.with_name(name) for name in script_names(output.name)] if script else []
         refuse_outputs([output, report, *beside], [checkpoint, plan_file, inputs], force=force)
     loaded = loaded_from(checkpoint, architecture, arguments, entry)
     if loaded.plan is not None and loaded.plan.changes:
         fail(f"{checkpoint} is converted already; convert the checkpoint that it was made from")
-    result = _convert(
-        loaded, to, plan_file, keep, (input_shape, batch_size, inputs), report is not None, logits
-    )
+    given = given_inputs(loaded.model, input_shape, batch_size, inputs, (image_size, mean, std))
+    result = _convert(loaded, to, plan_file, keep, given, report is not None, logits)
     written = []
     if not dry_run:
         assert output is not None
@@ -105,7 +118,7 @@ def convert(
                 "report": None if result.report is None else json.loads(result.report.to_json()),
             }
         )
-    OUT.print(result.plan)
+    show(result.plan.__rich__())
     if result.report is not None:
         OUT.print(result.report)
     typer.echo("nothing written (--dry-run)" if dry_run else f"wrote {', '.join(map(str, written))}")
@@ -124,23 +137,22 @@ def _convert(
     to: list[str] | None,
     plan_file: Path | None,
     keep: Keep,
-    given: tuple[str | None, int, Path | None],
+    given: Batches | None,
     compared: bool,
     logits: bool,
 ) -> _Result:
-    model, (shape, batch, file) = loaded.model, given
+    model, inputs = loaded.model, first_of(given)
     with progress("converting"):
-        inputs = make_inputs(model, shape, batch, file)
         if plan_file is not None:
             made = read_plan(plan_file)
         else:
             made = normsearch.plan(model, read_to(to or []), inputs=inputs)
         # A copy only where there is something to compare with: checkpoints may be large.
         converted = normsearch.convert(model, made, inputs=inputs, keep=keep.value, in_place=not compared)
-    if not compared:
+    if not compared or given is None:
         return _Result(converted, made, None)
     with progress("comparing"):
-        return _Result(converted, made, normsearch.compare(model, converted, [inputs], logits=logits))
+        return _Result(converted, made, normsearch.compare(model, converted, given, logits=logits))
 
 
 def _write(
@@ -152,19 +164,26 @@ def _write(
     script: bool,
     force: bool,
 ) -> list[Path]:
-    # The script first: what it cannot show is no reason to lose the checkpoint.
-    texts: dict[Path, str] = {}
-    if script:
-        try:
-            texts = {
-                output.with_name(name): text
-                for name, text in scripts(result.model, architecture, result.plan, output.name).items()
-            }
-        except NormsearchError as error:
-            typer.echo(f"note: no {SCRIPT}: {error}", err=True)
+    texts = script_texts(result.model, architecture, result.plan, output) if script else {}
     if report is not None and result.report is not None:
         texts[report] = result.report.to_json()
     save(result.model, output, architecture=architecture, plan=result.plan, force=force)
     for path, text in texts.items():
-        write_text(path, text, force)
+        write_text(path, text, force=force)
     return [output, *texts]
+
+
+def script_texts(
+    model: nn.Module, architecture: Architecture, plan: Plan | None, output: Path
+) -> dict[Path, str]:
+    """Return the script that rebuilds a network beside its checkpoint, and its layers, by path.
+
+    What it cannot show is no reason to lose the checkpoint: then there is a note and no script.
+    """
+    names = script_names(output.name)
+    try:
+        made = scripts(model, architecture, plan, output.name, names)
+    except NormsearchError as error:
+        typer.echo(f"note: no {names[0]}: {visible(in_options(str(error)))}", err=True)
+        return {}
+    return {output.with_name(name): text for name, text in made.items()}

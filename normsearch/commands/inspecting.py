@@ -8,37 +8,43 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 import normsearch
-from normsearch.arguments import make_inputs, read_to
+from normsearch.arguments import read_to
 from normsearch.commands.options import (
     Arch,
     Arguments,
     Batch,
     Entry,
     Force,
+    ImageSize,
     Inputs,
     Json,
     MaybeFile,
+    Mean,
     Methods,
     Shape,
+    Std,
 )
 from normsearch.commands.running import (
     ERR,
     OUT,
-    cell,
     fail,
+    first_of,
+    given_inputs,
     loaded_from,
     print_json,
     progress,
     refuse_outputs,
     reported,
-    write_text,
+    show,
 )
 from normsearch.errors import NormsearchError
+from normsearch.files import write_text
 from normsearch.methods import METHODS
+from normsearch.methods.base import spelled
 from normsearch.registries import LIBRARIES, names
+from normsearch.tables import Column, Listing
 
 
 @reported
@@ -57,14 +63,24 @@ def methods(as_json: Json = False) -> None:
     ]
     if as_json:
         return print_json(rows)
-    table = Table(title=f"{len(rows)} methods")
-    for column in ("method", "name", "exact", "batch independent", "options", "source"):
-        table.add_column(column, overflow="fold", no_wrap=column == "method")
-    for row in rows:
-        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
-        exact, independent = ("yes" if row[key] else "no" for key in ("exact", "batch_independent"))
-        table.add_row(row["method"], row["title"], exact, independent, options, row["citation"])
-    return OUT.print(table)
+    columns = (
+        Column("method"),
+        Column("function"),
+        Column("batch independent"),
+        Column("options", prose=True),
+        Column("source", prose=True, optional=True),
+    )
+    lines = [
+        (
+            name,
+            "exact" if method().exact else "approximate",
+            "yes" if method().batch_independent else "in eval",
+            ", ".join(f"{field.name}={spelled(field.default)}" for field in fields(method)),
+            f"{method.title}. {method.citation}",
+        )
+        for name, method in METHODS.items()
+    ]
+    return show(Listing(f"{len(rows)} methods", columns, lines))
 
 
 @reported
@@ -90,12 +106,9 @@ def architectures(
         return print_json({"architectures": found, "arguments": allowed})
     for name in found:
         typer.echo(name)
-    table = Table(title="arguments")
-    for column in ("library", "argument", "value"):
-        table.add_column(column, overflow="fold")
-    for library, arguments in allowed.items():
-        for key, text in arguments.items():
-            table.add_row(library, key, text)
+    columns = (Column("library"), Column("argument"), Column("value", prose=True))
+    lines = [(library, key, text) for library, values in allowed.items() for key, text in values.items()]
+    table = Listing("arguments", columns, lines)
     return ERR.print(table) if not OUT.is_terminal else OUT.print(table)
 
 
@@ -116,32 +129,40 @@ def sites(
     input_shape: Shape = None,
     inputs: Inputs = None,
     batch_size: Batch = 2,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
     as_json: Json = False,
 ) -> None:
     """List the places where a network normalizes."""
     loaded = loaded_from(checkpoint, architecture, arguments, entry)
+    given = given_inputs(loaded.model, input_shape, batch_size, inputs, (image_size, mean, std))
     with progress("looking for BatchNorm"):
-        given = make_inputs(loaded.model, input_shape, batch_size, inputs)
-        found = normsearch.find_sites(loaded.model, given)
+        found = normsearch.find_sites(loaded.model, first_of(given))
     if as_json:
         return print_json([asdict(site) for site in found])
-    table = Table(title=f"{len(found)} sites")
-    for column in ("site", "layer", "kind", "channels", "eps", "input", "producer"):
-        table.add_column(column, overflow="fold")
-    for site in found:
-        shape = " ".join("x".join(map(str, shape[1:])) for shape in site.input_shapes)
-        producer = "" if site.producer is None else site.producer.path
-        cells = (
-            site.path,
+    columns = (
+        Column("site"),
+        Column("channels", number=True),
+        Column("input", optional=True),
+        Column("layer", optional=True),
+        Column("producer", optional=True),
+        Column("kind", optional=True),
+        Column("eps", optional=True),
+    )
+    lines = [
+        (
+            site.path or "(model)",
+            str(site.channels or "?"),
+            " ".join("x".join(map(str, shape[1:])) for shape in site.input_shapes),
             site.layer.rpartition(".")[2],
+            "" if site.producer is None else site.producer.path,
             site.kind,
-            site.channels,
-            site.eps,
-            shape,
-            producer,
+            str(site.eps),
         )
-        table.add_row(*map(cell, cells))
-    return OUT.print(table)
+        for site in found
+    ]
+    return show(Listing(f"{len(found)} sites", columns, lines))
 
 
 @reported
@@ -154,6 +175,9 @@ def plan(
     input_shape: Shape = None,
     inputs: Inputs = None,
     batch_size: Batch = 2,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -164,15 +188,15 @@ def plan(
     if output is not None:
         refuse_outputs([output], [checkpoint, inputs], force=force)
     loaded = loaded_from(checkpoint, architecture, arguments, entry)
+    given = first_of(given_inputs(loaded.model, input_shape, batch_size, inputs, (image_size, mean, std)))
     with progress("planning"):
-        given = make_inputs(loaded.model, input_shape, batch_size, inputs)
         explanation = normsearch.explain(loaded.model, read_to(to), inputs=given)
     if as_json:
         typer.echo(explanation.to_json())
     else:
-        OUT.print(explanation)
+        show(explanation.__rich__())
     if explanation.refusals:
         raise normsearch.RefusedError(explanation.refusals)
     if output is not None:
         made = normsearch.plan(loaded.model, read_to(to), inputs=given)
-        write_text(output, made.to_json(), force)
+        write_text(output, made.to_json(), force=force)

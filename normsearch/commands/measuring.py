@@ -8,9 +8,29 @@ from typing import Annotated
 import typer
 
 import normsearch
-from normsearch.arguments import make_inputs
-from normsearch.commands.options import Arch, Arguments, Batch, Entry, Inputs, Json, Logits, MaybeFile, Shape
-from normsearch.commands.running import OUT, loaded_from, needs_inputs, progress, reported
+from normsearch.commands.options import (
+    Arch,
+    Arguments,
+    Batch,
+    Entry,
+    ImageSize,
+    Inputs,
+    Json,
+    Logits,
+    MaybeFile,
+    Mean,
+    Shape,
+    Std,
+)
+from normsearch.commands.running import (
+    OUT,
+    first_of,
+    given_inputs,
+    loaded_from,
+    needs_inputs,
+    progress,
+    reported,
+)
 
 
 @reported
@@ -23,6 +43,9 @@ def compare(
     input_shape: Shape = None,
     inputs: Inputs = None,
     batch_size: Batch = 8,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
     logits: Logits = False,
     as_json: Json = False,
 ) -> None:
@@ -30,9 +53,10 @@ def compare(
     needs_inputs(input_shape, inputs)
     first = loaded_from(before, architecture, arguments, entry)
     second = loaded_from(after, architecture, arguments, None)
+    given = given_inputs(first.model, input_shape, batch_size, inputs, (image_size, mean, std))
+    assert given is not None
     with progress("comparing"):
-        given = make_inputs(first.model, input_shape, batch_size, inputs)
-        report = normsearch.compare(first.model, second.model, [given], logits=logits)
+        report = normsearch.compare(first.model, second.model, given, logits=logits)
     typer.echo(report.to_json()) if as_json else OUT.print(report)
 
 
@@ -45,13 +69,16 @@ def profile(
     input_shape: Shape = None,
     inputs: Inputs = None,
     batch_size: Batch = 1,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
     repeats: Annotated[int, typer.Option(min=1, help="Number of timed passes.")] = 10,
     as_json: Json = False,
 ) -> None:
     """Measure latency and memory of a forward pass."""
     needs_inputs(input_shape, inputs)
     loaded = loaded_from(checkpoint, architecture, arguments, entry)
+    given = given_inputs(loaded.model, input_shape, batch_size, inputs, (image_size, mean, std))
     with progress("measuring"):
-        given = make_inputs(loaded.model, input_shape, batch_size, inputs)
-        found = normsearch.profile(loaded.model, given, repeats=repeats)
+        found = normsearch.profile(loaded.model, first_of(given), repeats=repeats)
     typer.echo(found.to_json()) if as_json else OUT.print(found)

@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from torch import nn
 
 import normsearch
-from normsearch.arguments import read_architecture
-from normsearch.checkpoints import Checkpoint, load, refuse_existing, write_atomically
+from normsearch.arguments import read_architecture, read_batches, read_preparation
+from normsearch.checkpoints import Checkpoint, load
+from normsearch.commands.wording import in_options
 from normsearch.errors import CheckpointError, NormsearchError
+from normsearch.files import refuse_existing
+from normsearch.inputs import Batches
+from normsearch.plans import Plan
+from normsearch.progress import OnProgress
+from normsearch.tables import Listing
+from normsearch.text import visible
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -30,7 +39,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except NormsearchError as error:
-            fail(str(error))
+            fail(in_options(str(error)))
         except MemoryError:
             fail("out of memory; use a smaller batch, or convert without --report")
         except OSError as error:
@@ -42,11 +51,10 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print one message on stderr and leave with exit code 1."""
     # Names in files may hold terminal escapes.
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
-    typer.echo(f"error: {shown}", err=True)
+    typer.echo(f"error: {visible(message)}", err=True)
     raise typer.Exit(1) from None
 
 
@@ -55,6 +63,80 @@ def progress(what: str) -> Iterator[None]:
     """Show on a terminal that something takes its time."""
     with ERR.status(f"{what} ..."):
         yield
+
+
+@contextmanager
+def following() -> Iterator[OnProgress]:
+    """Show on a terminal how far work in stages has come, what it found, and how long it still takes."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[detail]}", style="dim"),
+    )
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as shown:
+
+        def follow(step: normsearch.Progress) -> None:
+            total = step.total or None
+            if step.stage not in bars:
+                bars[step.stage] = shown.add_task(escape(step.stage), total=total, left="", detail="")
+            left = "" if step.seconds_left is None else f"{_duration(step.seconds_left)} left"
+            shown.update(
+                bars[step.stage],
+                completed=step.done,
+                total=total,
+                left=left,
+                detail=escape(visible(step.detail)),
+            )
+
+        yield follow
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def show(listing: Listing) -> None:
+    """Print a listing in the words of the command line."""
+    rows = [tuple(in_options(text) for text in row) for row in listing.rows]
+    OUT.print(replace(listing, rows=rows, notes=[in_options(note) for note in listing.notes]))
+
+
+def given_inputs(
+    model: nn.Module,
+    shape: str | None,
+    batch_size: int,
+    inputs: Path | None,
+    images: tuple[int | None, str | None, str | None],
+    samples: int | None = None,
+) -> Batches | None:
+    """Return the inputs that the options ask for, and say on stderr what was done to them.
+
+    Args:
+        model: what they are for.
+        shape: ``--input-shape``.
+        batch_size: ``--batch-size``.
+        inputs: ``--inputs``.
+        images: ``--image-size``, ``--mean`` and ``--std``.
+        samples: the most samples.
+
+    """
+    found = read_batches(model, shape, batch_size, inputs, read_preparation(*images), samples=samples)
+    for note in () if found is None else found.notes:
+        typer.echo(f"note: {visible(note)}", err=True)
+    return found
+
+
+def first_of(batches: Batches | None) -> Any:
+    """Return the inputs of one forward pass; None without any."""
+    return None if batches is None else next(iter(batches))
 
 
 def loaded_from(
@@ -75,29 +157,32 @@ def loaded_from(
     return loaded
 
 
+def converted_from(path: Path, original: Checkpoint) -> tuple[nn.Module, Plan]:
+    """Load the converted form of a checkpoint, and the plan that it was converted with.
+
+    Raises:
+        CheckpointError: the file does not say how it was converted, or the original was converted too.
+
+    """
+    if original.plan is not None and original.plan.changes:
+        fail("the first checkpoint is converted; give the original first, then the converted one")
+    with progress(f"loading {path}"):
+        # What built the original was named by the user, or is in a registry: no code that a file names.
+        loaded = load(path, original.architecture, allow_factories=True)
+    if loaded.plan is None:
+        fail(f"{path} does not say how it was converted; give what `normsearch convert -o` wrote")
+    return loaded.model, loaded.plan
+
+
 def needs_inputs(shape: str | None, inputs: Path | None) -> None:
     """Raise a usage error without inputs."""
     if shape is None and inputs is None:
         raise typer.BadParameter("give --input-shape or --inputs", param_hint="--input-shape")
 
 
-def write_text(path: Path, text: str, force: bool) -> None:
-    """Write a text file atomically."""
-
-    def write(target: Path) -> None:
-        target.write_text(f"{text.rstrip()}\n", "utf-8")
-
-    write_atomically(path, write, force=force)
-
-
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout."""
     typer.echo(json.dumps(value, indent=2))
-
-
-def cell(value: object) -> str:
-    """Return a value as the text of a table cell."""
-    return "" if value is None else escape(str(value))
 
 
 def refuse_outputs(outputs: Sequence[Path | None], given: Sequence[Path | None], *, force: bool) -> None:

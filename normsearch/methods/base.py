@@ -341,7 +341,7 @@ class Method(ABC):
 
     def __str__(self) -> str:
         options = [
-            f"{field.name}={_spell(getattr(self, field.name))}"
+            f"{field.name}={spelled(getattr(self, field.name))}"
             for field in fields(self)
             if getattr(self, field.name) != field.default
         ]
@@ -378,7 +378,10 @@ def _describe(hint: Any) -> str:
     return " or ".join(words[part] for part in parts)
 
 
-def _spell(value: object) -> str:
+def spelled(value: object) -> str:
+    """Return an option's value as it is spelled; None is chosen per site, which no spelling says."""
+    if value is None:
+        return "per site"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -67,6 +67,8 @@ class BatchInstanceNorm(RunningNorm):
 
     """
 
+    gates = ("rho",)
+
     def __init__(
         self,
         num_features: int,

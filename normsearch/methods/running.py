@@ -39,6 +39,9 @@ def make_affine(layer: nn.Module, channels: int, affine: bool, factory: dict[str
 class RunningNorm(nn.Module):
     """A layer with BatchNorm's affine, buffers and momentum rule; subclasses add the forward."""
 
+    #: Names of parameters that mix kinds of statistics: they learn fast and never decay.
+    gates: tuple[str, ...] = ()
+
     weight: Tensor | None
     bias: Tensor | None
     running_mean: Tensor | None

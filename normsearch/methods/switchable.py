@@ -49,6 +49,8 @@ class SwitchableNorm(RunningNorm):
 
     """
 
+    gates = ("mean_logits", "var_logits")
+
     def __init__(
         self,
         num_features: int,

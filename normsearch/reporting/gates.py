@@ -1,0 +1,48 @@
+"""What the layers that mix normalizations have learned: ρ of batch-instance, the weights of switchable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from normsearch.methods import BatchInstanceNorm, SwitchableNorm
+from normsearch.reporting.sections import Gate, Gates, Mixture
+
+_BINS = 10
+
+
+def gates_of(model: nn.Module, sites: Iterable[str]) -> Gates | None:
+    """Read every ``BatchInstanceNorm`` and ``SwitchableNorm`` at the sites of a model; None without any."""
+    mixtures, gates = [], []
+    for site in sites:
+        try:
+            at = model.get_submodule(site)
+        except AttributeError:
+            continue
+        # Fused norm and activation layers have the norm inside.
+        for layer in at.modules():
+            if isinstance(layer, SwitchableNorm):
+                mean, variance = (_softmax(logits) for logits in (layer.mean_logits, layer.var_logits))
+                mixtures.append(Mixture(site=site, mean=mean, variance=variance))
+            if isinstance(layer, BatchInstanceNorm):
+                gates.append(_gate(site, layer.rho.detach().double().clamp(0, 1)))
+    return Gates(mixtures=tuple(mixtures), gates=tuple(gates)) if mixtures or gates else None
+
+
+def _softmax(logits: Tensor) -> tuple[float, float, float]:
+    instance, layer, batch = logits.detach().double().softmax(0).tolist()
+    return instance, layer, batch
+
+
+def _gate(site: str, rho: Tensor) -> Gate:
+    counts = torch.histc(rho.float().cpu(), _BINS, 0, 1).int().tolist()
+    return Gate(
+        site=site,
+        channels=rho.numel(),
+        mean=float(rho.mean()),
+        least=float(rho.min()),
+        most=float(rho.max()),
+        histogram=tuple(counts),
+    )

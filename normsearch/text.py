@@ -1,0 +1,33 @@
+"""How names that come from files, and numbers, are written for people."""
+
+from __future__ import annotations
+
+
+def visible(text: str) -> str:
+    r"""Return a text with what cannot be seen written as an escape: control characters, direction marks.
+
+    Example:
+        >>> print(visible("conv\u202e1"))
+        conv\u202e1
+
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a percentage of three digits; what is less than a tenth of a thousandth says so.
+
+    Example:
+        >>> [percent(x) for x in (0.0, 1e-7, 0.00123, 0.0567, 0.345, 2.5, 12.345, None)]
+        ['0 %', '< 0.01 %', '0.12 %', '5.67 %', '34.5 %', '250 %', '1,234 %', '–']
+
+    """
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0 %"
+    if 0 < value < 1e-4:
+        return "< 0.01 %"
+    shown = 100 * value
+    digits = 2 if abs(shown) < 10 else 1 if abs(shown) < 100 else 0
+    return f"{shown:,.{digits}f} %"
