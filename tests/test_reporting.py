@@ -28,6 +28,7 @@ from normsearch import ModelError, Refusal, ReportError, site_outputs
 from normsearch.calibration import Calibration, Rung
 from normsearch.dependence import BatchDependence
 from normsearch.reporting import Document, charts, document, page, sections
+from normsearch.reporting.gates import gates_of
 from normsearch.reports import Change, Environment, Profile
 from normsearch.site_outputs import SiteDrift, site_drift
 from normsearch.text import percent, visible
@@ -881,3 +882,14 @@ def test_page_never_scrolls_sideways(
     for (width, _, fits), (inner, content) in zip(cases, json.loads(title), strict=True):
         assert inner == width
         assert (content <= inner) == fits
+
+
+def test_sparse_mixtures_are_shown_as_they_are_used() -> None:
+    converted = normsearch.convert(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), {"1": "sparse_switchable(steps=1)"}
+    )
+    converted(torch.randn(2, 3, 6, 6))
+    found = gates_of(converted, ["1"])
+    assert found is not None
+    assert found.mixtures[0].mean == found.mixtures[0].variance
+    assert sorted(found.mixtures[0].mean) == [0, 0, 1]

@@ -26,6 +26,7 @@ from normsearch import (
     parameter_groups,
 )
 from normsearch.methods.batch_instance import BatchInstanceNorm
+from normsearch.methods.sparse_switchable import SparseSwitchableNorm
 from normsearch.methods.switchable import SwitchableNorm
 
 torch.set_num_threads(1)
@@ -84,7 +85,7 @@ def test_weights_decay_normalization_does_not_and_gates_learn_ten_times_as_fast(
 
 
 def test_every_layers_gates_are_its_parameters() -> None:
-    for layer in (SwitchableNorm(4), BatchInstanceNorm(4)):
+    for layer in (SwitchableNorm(4), SparseSwitchableNorm(4), BatchInstanceNorm(4)):
         assert layer.gates
         assert set(layer.gates) == {n for n, _ in layer.named_parameters()} - {"weight", "bias"}
 

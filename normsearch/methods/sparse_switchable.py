@@ -106,6 +106,8 @@ class SparseSwitchableNorm(RunningNorm):
 
     """
 
+    gates = ("mean_logits", "var_logits")
+
     sparse_step: Tensor
 
     def __init__(

@@ -72,6 +72,10 @@ class SwitchableNorm(RunningNorm):
         nn.init.zeros_(self.mean_logits)
         nn.init.zeros_(self.var_logits)
 
+    def mixtures(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return the weights of IN, LN and BN in the mean and in the variance."""
+        return self.mean_logits.to(dtype).softmax(0), self.var_logits.to(dtype).softmax(0)
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (N, C, *spatial)."""
         check_input(self, x, self.num_features)
@@ -84,8 +88,7 @@ class SwitchableNorm(RunningNorm):
     def _rule(
         self, mean: Tensor, variance: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
-        of_mean, of_var = (logits.to(mean.dtype).softmax(0) for logits in (self.mean_logits, self.var_logits))
-        return mixture_rule(self, mean, variance, of_mean, of_var)
+        return mixture_rule(self, mean, variance, *self.mixtures(mean.dtype))
 
 
 def mixture_rule(

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from normsearch.methods import BatchInstanceNorm, SwitchableNorm
+from normsearch.methods import BatchInstanceNorm, SparseSwitchableNorm, SwitchableNorm
 from normsearch.reporting.sections import Gate, Gates, Mixture
 
 _BINS = 10
 
 
 def gates_of(model: nn.Module, sites: Iterable[str]) -> Gates | None:
-    """Read every ``BatchInstanceNorm`` and ``SwitchableNorm`` at the sites of a model; None without any."""
+    """Read every layer that mixes, at the sites of a model; None without any."""
     mixtures, gates = [], []
     for site in sites:
         try:
@@ -23,16 +23,16 @@ def gates_of(model: nn.Module, sites: Iterable[str]) -> Gates | None:
             continue
         # Fused norm and activation layers have the norm inside.
         for layer in at.modules():
-            if isinstance(layer, SwitchableNorm):
-                mean, variance = (_softmax(logits) for logits in (layer.mean_logits, layer.var_logits))
+            if isinstance(layer, SwitchableNorm | SparseSwitchableNorm):
+                mean, variance = (_shares(part) for part in layer.mixtures(torch.float64))
                 mixtures.append(Mixture(site=site, mean=mean, variance=variance))
             if isinstance(layer, BatchInstanceNorm):
                 gates.append(_gate(site, layer.rho.detach().double().clamp(0, 1)))
     return Gates(mixtures=tuple(mixtures), gates=tuple(gates)) if mixtures or gates else None
 
 
-def _softmax(logits: Tensor) -> tuple[float, float, float]:
-    instance, layer, batch = logits.detach().double().softmax(0).tolist()
+def _shares(weights: Tensor) -> tuple[float, float, float]:
+    instance, layer, batch = weights.detach().tolist()
     return instance, layer, batch
 
 
