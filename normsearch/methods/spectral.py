@@ -57,7 +57,8 @@ class SpectralNorm(Reparametrized):
 
     @torch.no_grad()
     def _iterate(self, matrix: Tensor, times: int) -> None:
-        for _ in range(times):
+        # Without numbers there is nothing to iterate on, and torch is slow in finding that out.
+        for _ in range(0 if matrix.is_meta else times):
             self.right.copy_(F.normalize(torch.mv(matrix.t(), self.left), dim=0, eps=smallest(matrix)))
             self.left.copy_(F.normalize(torch.mv(matrix, self.right), dim=0, eps=smallest(matrix)))
 
