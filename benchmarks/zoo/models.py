@@ -239,7 +239,8 @@ def _of_torchvision() -> Iterator[Model]:
 
 _DECODERS = {
     "Unet": """resnet18 resnext50_32x4d densenet121 vgg11_bn dpn68 se_resnet50 inceptionv4 xception
-        mobilenet_v2 efficientnet-b0 timm-efficientnet-b0 timm-skresnet18 mit_b0 mobileone_s0 tu-regnety_002""",
+        mobilenet_v2 efficientnet-b0 timm-efficientnet-b0 timm-skresnet18 mit_b0
+        mobileone_s0 tu-regnety_002""",
     "UnetPlusPlus": "resnet18 mobilenet_v2",
     "MAnet": "resnet18 efficientnet-b0",
     "Linknet": "resnet18 mobilenet_v2",
