@@ -17,7 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.zoo.page import page, summary
+from benchmarks.zoo.counts import summary
+from benchmarks.zoo.page import page
 from benchmarks.zoo.runs import Results, examined, fingerprint, versions
 from benchmarks.zoo.verdicts import problems
 

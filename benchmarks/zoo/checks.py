@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,7 +102,11 @@ def under_every_method(entry: Model, model: nn.Module, inputs: Any) -> dict[str,
         except Exception as error:
             outcome = {"failed": f"{type(error).__name__}: {error}"[:300]}
         outcome["changed"] = len(changed)
-        outcome["refused"] = dict(Counter(reason(row) for row in plan.rows if row.refusals))
+        refused: dict[str, list[str]] = defaultdict(list)
+        for row in plan.rows:
+            if row.refusals:
+                refused[reason(row)].append(row.site.path)
+        outcome["refused"] = refused
         outcomes[spelling] = outcome
     return outcomes
 
@@ -136,7 +140,11 @@ def reason(row: Row) -> str:
         {row.site.path, *(() if row.site.producer is None else (row.site.producer.path,))}, key=len
     )[::-1]:
         text = text.replace(path, "…") if path else text
-    text = re.sub(r"torch\.fx cannot trace .*", "torch.fx cannot trace the network in train mode", text)
+    text = re.sub(
+        r"(?s)torch\.fx cannot trace .*?(?=\) and would|\Z)",
+        "torch.fx cannot trace the network in train mode",
+        text,
+    )
     text = re.sub(r"the model reads \S+ elsewhere", "the network reads its parameters elsewhere", text)
     text = re.sub(r"called \d+ times", "called several times", text)
     return re.sub(r"\b[A-Z]\w+ may transform", "a layer of its class may transform", text)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import resource
 import signal
+import sys
 import time
 import warnings
 from multiprocessing.connection import Connection
@@ -19,6 +22,7 @@ from benchmarks.zoo.probes import batch_norms
 
 #: Bytes that one process may take.
 _MEMORY = 6 * 2**30
+_PR_SET_PDEATHSIG = 1
 
 
 def examine(name: str) -> dict[str, Any]:
@@ -39,8 +43,11 @@ def examine(name: str) -> dict[str, Any]:
 
 
 def examine_apart(name: str, connection: Connection) -> None:
-    """Examine in a child process and send the result as JSON; its parent handles Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Examine in a child process and send the result as JSON."""
+    # A session of its own: Ctrl-C is for the parent, without which this process ends too.
+    os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -80,14 +80,13 @@ def batch_norm_calls() -> Iterator[list[nn.Module]]:
 def dead_layers(layers: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     """Yield the paths of layers whose output is constant where their input is not, as they run.
 
-    By their numbers; on the meta device by their shape: one element to normalize over leaves β.
+    By their shape, since one element to normalize over leaves β, and where there are numbers by these too.
     """
     dead: list[str] = []
 
     def look(path: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        if x.is_meta:
-            constant = _elements(layer, x) == 1
-        else:
+        constant = _elements(layer, x) == 1
+        if not x.is_meta and not constant:
             constant = variation(x) > _VARIES and not variation(y) > _CONSTANT
         if constant and path not in dead:
             dead.append(path)

@@ -17,8 +17,8 @@ import normsearch
 
 _HERE = Path(__file__).parent
 _VERSIONS = ("torch", "torchvision", "timm", "segmentation_models_pytorch", "opacus")
-#: These say how a run is made and shown, not what is found.
-_PRESENTATION = {"__init__.py", "__main__.py", "page.py", "runs.py"}
+#: These say how a run is made, judged and shown, not what is found.
+_PRESENTATION = {"__init__.py", "__main__.py", "counts.py", "page.py", "runs.py", "verdicts.py"}
 #: Seconds that one network may take.
 _TIME = 600
 
