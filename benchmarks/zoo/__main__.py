@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from benchmarks.zoo.counts import summary
+from benchmarks.zoo.models import ZOO
 from benchmarks.zoo.page import page
 from benchmarks.zoo.runs import Results, examined, fingerprint, versions
 from benchmarks.zoo.verdicts import problems
@@ -34,8 +35,6 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time, one thread each")
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
     options = parser.parse_args()
-    from benchmarks.zoo.models import ZOO
-
     unknown = [name for name in options.models if name not in ZOO]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; benchmarks/zoo/models.py lists the networks")

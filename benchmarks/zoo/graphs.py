@@ -116,7 +116,9 @@ def _structure(traced: nn.Module, rewritten: nn.Module, eager: nn.Module) -> Ite
         for one in (rewritten, eager)
     )
     reached = {name.rpartition(".")[0] for name in traced.state_dict()}
-    for name in sorted(set(found) | set(wanted)):
+    # torch.fx gives tensors that it met names of its own.
+    constants = {name for name in found if name.startswith("_tensor_constant")}
+    for name in sorted((set(found) | set(wanted)) - constants):
         if found.get(name) != wanted.get(name):
             owner = name.rpartition(".")[0]
             if name in found or owner in reached or owner.rpartition(".")[0] in reached:

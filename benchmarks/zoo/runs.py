@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import normsearch
+from benchmarks.zoo.examination import examine_apart
 
 _HERE = Path(__file__).parent
 _VERSIONS = ("torch", "torchvision", "timm", "segmentation_models_pytorch", "opacus")
@@ -75,9 +76,8 @@ class _Job:
 
 def examined(names: Iterable[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each network's result as it arrives; what a process dies of is a result too."""
-    context = multiprocessing.get_context("forkserver")
-    # Forked from a process that has imported the libraries: that takes ten seconds.
-    context.set_forkserver_preload(["benchmarks.zoo.examination"])
+    # Forked from here, where the libraries are imported: that takes ten seconds.
+    context = multiprocessing.get_context("fork")
     queue, running = list(names), list[_Job]()
     try:
         while queue or running:
@@ -95,8 +95,6 @@ def examined(names: Iterable[str], jobs: int) -> Iterator[tuple[str, dict[str, A
 
 
 def _start(context: Any, name: str) -> _Job:
-    from benchmarks.zoo.examination import examine_apart
-
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=examine_apart, args=(name, sender), daemon=True)
     process.start()
