@@ -183,6 +183,13 @@ def test_everything_that_can_be_wrong_is_a_problem() -> None:
         assert len(problems(good | {"graphs": {"eval": graph}})) == 1, key
 
 
+def test_what_fades_by_design_is_told_apart_from_what_is_dead() -> None:
+    faded = _record()["methods"]["group"] | {"depends": False}
+    assert problems(_record(methods={"spectral(gain=fixed)": faded})) == []
+    assert len(problems(_record(methods={"spectral(gain=fixed)": faded | {"dead": ["n"]}}))) == 1
+    assert len(problems(_record(methods={"spectral": faded}))) == 1
+
+
 @pytest.mark.slow
 def test_a_process_that_dies_is_a_result() -> None:
     found = dict(examined(["no/such network", "timm/test_efficientnet"], jobs=1))

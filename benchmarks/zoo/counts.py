@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.zoo.verdicts import alive, complete, equal, exact, problems
+from benchmarks.zoo.verdicts import alive, complete, equal, exact, fades, problems
 from normsearch import parse_method
 
 Record = dict[str, Any]
@@ -47,6 +47,8 @@ def _short(record: Record) -> dict[str, Any]:
 
 def symbol(spelling: str, outcome: dict[str, Any]) -> str:
     """Return what a table says of one network under one method."""
+    if complete(outcome) and fades(spelling, outcome):
+        return "fades"
     if not (complete(outcome) and alive(outcome) and exact(outcome)):
         return "**!**"
     refused = sum(map(len, outcome["refused"].values()))
@@ -83,6 +85,7 @@ def _counts(records: Sequence[Record], spelling: str) -> dict[str, Any]:
         "exact": parse_method(spelling).exact,
         "complete": sum(map(complete, outcomes)),
         "alive": sum(map(alive, outcomes)),
+        "faded": sum(fades(spelling, outcome) for outcome in outcomes),
         "nothing refused": sum(not outcome["refused"] for outcome in outcomes),
         "layers changed": sum(outcome["changed"] for outcome in outcomes),
         "layers refused": sum(refused.values()),

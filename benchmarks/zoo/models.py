@@ -75,7 +75,6 @@ def annotated(batch: int, factory: dict[str, Any]) -> tuple[list[Tensor], list[d
         "boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]], **factory),
         "labels": torch.tensor([1], device=device),
         "masks": torch.ones(1, 64, 64, dtype=torch.uint8, device=device),
-        "keypoints": torch.tensor([[[20.0, 20.0, 1.0]] * 17], **factory),
     }
     return pictures(batch, factory), [dict(target) for _ in range(batch)]
 
@@ -149,7 +148,7 @@ _SEGMENTATION = "deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_resnet50 lr
 _VIDEO = "r3d_18 mc3_18 r2plus1d_18 s3d"
 _DETECTION = """
 fasterrcnn_mobilenet_v3_large_fpn fasterrcnn_resnet50_fpn fcos_resnet50_fpn
-keypointrcnn_resnet50_fpn maskrcnn_resnet50_fpn_v2 retinanet_resnet50_fpn
+maskrcnn_resnet50_fpn_v2 retinanet_resnet50_fpn
 retinanet_resnet50_fpn_v2
 """
 _SMALL: dict[str, Any] = {"num_classes": 3, "min_size": 64, "max_size": 64}
@@ -204,9 +203,6 @@ def _of_torchvision() -> Iterator[Model]:
             # The auxiliary head pools 5×5 windows of a map that has a sixteenth of the image's size.
             train_inputs=images(299) if name == "inception_v3" else None,
         )
-    yield Model(
-        name="torchvision/maxvit_t", build=_torchvision("maxvit_t", num_classes=10), inputs=images(224)
-    )
     for name in _SEGMENTATION.split():
         build = _torchvision(name, weights_backbone=None, num_classes=3)
         yield Model(name=f"torchvision/{name}", build=build, inputs=small)
@@ -238,7 +234,7 @@ def _of_torchvision() -> Iterator[Model]:
 # ----------------------------------------------------------------------------- segmentation_models_pytorch
 
 _DECODERS = {
-    "Unet": """resnet18 resnext50_32x4d densenet121 vgg11_bn dpn68 se_resnet50 inceptionv4 xception
+    "Unet": """resnet18 resnext50_32x4d densenet121 vgg11_bn dpn68 se_resnet50 xception
         mobilenet_v2 efficientnet-b0 timm-efficientnet-b0 timm-skresnet18 mit_b0
         mobileone_s0 tu-regnety_002""",
     "UnetPlusPlus": "resnet18 mobilenet_v2",

@@ -24,6 +24,10 @@ shapes on the meta device.
   asking normsearch; and none is gone that was to stay.
 - **alive**: outputs are finite and tell two inputs apart, and no new layer puts out a constant where its
   input is none (on the meta device: each has more than one element to normalize over).
+- **faded**: `spectral(gain=fixed)` bounds every layer's norm by design. Through many untrained layers
+  rounding is all that the output still shows of the input: two inputs' outputs differ by less than 1e-9 of
+  their size, although every layer is alive. Train such a network from the start, or take `spectral` with
+  its learned gain.
 - **exact**: outputs within {exact:.0e} (relative) of the original's, for the methods that promise it.
 - Where a method refuses a layer, that layer stays BatchNorm here; every refusal is counted below.
 """
@@ -43,9 +47,10 @@ stays BatchNorm in both.
 _NETWORKS = """
 ## Networks
 
-`=` exact and `≈` approximate, as promised; `−n` with n layers refused; `–` refused everywhere; **!** not
-as it must be. Opacus: what `ModuleValidator.fix` leaves, or `yes` for complete and alive. Graph: whether
-the rewritten trace equals the converted network, in eval and in train mode. * on the meta device.
+`=` exact and `≈` approximate, as promised; `−n` with n layers refused; `–` refused everywhere; `fades` see
+above; **!** not as it must be. Opacus: what `ModuleValidator.fix` leaves, or `yes` for complete and alive.
+Graph: whether the rewritten trace equals the converted network, in eval and in train mode. * on the meta
+device.
 
 """
 
@@ -78,7 +83,7 @@ def _methods(methods: dict[str, Any], networks: int) -> str:
         (
             f"`{spelling}`",
             f"{counts['complete']} of {networks}",
-            f"{counts['alive']} of {networks}",
+            _alive(counts, networks),
             f"{counts['layers changed']:,}",
             _refused(counts["layers refused"], networks - counts["nothing refused"]),
             f"{counts['worst error']:.0e} ({counts['compared']})" if counts["compared"] else "",
@@ -87,6 +92,11 @@ def _methods(methods: dict[str, Any], networks: int) -> str:
     )
     head = ("method", "complete", "alive", "layers changed", "layers refused", "worst error (networks)")
     return "\n## Methods\n\n" + _table(head, rows)
+
+
+def _alive(counts: dict[str, Any], networks: int) -> str:
+    faded = f", {counts['faded']} faded" if counts["faded"] else ""
+    return f"{counts['alive']} of {networks}{faded}"
 
 
 def _refused(layers: int, networks: int) -> str:
