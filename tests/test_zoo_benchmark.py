@@ -185,7 +185,7 @@ def test_everything_that_can_be_wrong_is_a_problem() -> None:
 
 def test_what_fades_by_design_is_told_apart_from_what_is_dead() -> None:
     faded = _record()["methods"]["group"] | {"depends": False}
-    assert problems(_record(methods={"spectral(gain=fixed)": faded})) == []
+    assert problems(_record(methods={"spectral(gain=fixed)": faded, "instance": faded})) == []
     assert len(problems(_record(methods={"spectral(gain=fixed)": faded | {"dead": ["n"]}}))) == 1
     assert len(problems(_record(methods={"spectral": faded}))) == 1
 

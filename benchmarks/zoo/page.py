@@ -24,10 +24,11 @@ shapes on the meta device.
   asking normsearch; and none is gone that was to stay.
 - **alive**: outputs are finite and tell two inputs apart, and no new layer puts out a constant where its
   input is none (on the meta device: each has more than one element to normalize over).
-- **faded**: `spectral(gain=fixed)` bounds every layer's norm by design. Through many untrained layers
-  rounding is all that the output still shows of the input: two inputs' outputs differ by less than 1e-9 of
-  their size, although every layer is alive. Train such a network from the start, or take `spectral` with
-  its learned gain.
+- **faded**: every layer is alive, but rounding is all that the output still shows of the input (two inputs'
+  outputs differ by less than 1e-9 of their size). That is `instance` where a network pools the output of its
+  last normalization, whose mean over the map is β whatever comes in: keep that layer, or take `group` there.
+  And it is `spectral(gain=fixed)`, which bounds every layer's norm, in deep networks: train such a network
+  from the start, or take `spectral` with its learned gain.
 - **exact**: outputs within {exact:.0e} (relative) of the original's, for the methods that promise it.
 - Where a method refuses a layer, that layer stays BatchNorm here; every refusal is counted below.
 """

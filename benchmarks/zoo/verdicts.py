@@ -8,8 +8,9 @@ from typing import Any
 EXACT, EQUAL = 1e-10, 1e-12
 
 
-#: Methods that bound every layer and let a deep network's signal fade until it is trained with them.
-FADING = frozenset({"spectral(gain=fixed)"})
+#: Methods under which a network may lose its input by design, though every layer is alive: instance norm leaves
+#: a pooling that follows nothing but β, and bounds on every layer let a deep network's signal fade.
+FADING = frozenset({"instance", "spectral(gain=fixed)"})
 
 
 def complete(outcome: dict[str, Any]) -> bool:
@@ -25,7 +26,7 @@ def alive(outcome: dict[str, Any]) -> bool:
 
 
 def fades(spelling: str, outcome: dict[str, Any]) -> bool:
-    """Tell whether rounding is all that the output still shows of the input, every layer being alive."""
+    """Tell whether a method's design loses the input: rounding is all that the output still shows of it."""
     lost = "failed" not in outcome and not outcome["dead"] and not outcome.get("depends", True)
     return spelling in FADING and lost and outcome.get("finite", True)
 
