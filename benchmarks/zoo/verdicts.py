@@ -8,8 +8,8 @@ from typing import Any
 EXACT, EQUAL = 1e-10, 1e-12
 
 
-#: Methods under which a network may lose its input by design, though every layer is alive: instance norm leaves
-#: a pooling that follows nothing but β, and bounds on every layer let a deep network's signal fade.
+#: Methods under which a network may lose its input by design, though every layer is alive: instance norm
+#: leaves a pooling that follows nothing but β, and bounds on every layer let a deep network's signal fade.
 FADING = frozenset({"instance", "spectral(gain=fixed)"})
 
 
