@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import time
+import resource
+import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -20,8 +21,8 @@ _HERE = Path(__file__).parent
 _VERSIONS = ("torch", "torchvision", "timm", "segmentation_models_pytorch", "opacus")
 #: These say how a run is made, judged and shown, not what is found.
 _PRESENTATION = {"__init__.py", "__main__.py", "counts.py", "page.py", "runs.py", "verdicts.py"}
-#: Seconds that one network may take.
-_TIME = 600
+#: Seconds that one network may compute; waiting on a busy machine does not count.
+_TIME = 300
 
 
 def versions() -> dict[str, str]:
@@ -71,7 +72,6 @@ class _Job:
     name: str
     process: Any
     connection: Connection
-    started: float = field(default_factory=time.monotonic)
 
 
 def examined(names: Iterable[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -98,6 +98,7 @@ def _start(context: Any, name: str) -> _Job:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=examine_apart, args=(name, sender), daemon=True)
     process.start()
+    resource.prlimit(process.pid, resource.RLIMIT_CPU, (_TIME, _TIME))
     sender.close()
     return _Job(name, process, receiver)
 
@@ -110,9 +111,10 @@ def _result(job: _Job) -> dict[str, Any] | None:
             record = json.loads(job.connection.recv_bytes())
         except EOFError:
             job.process.join()
-            record = {"name": job.name, "failed": f"the process ended with {job.process.exitcode}"}
-    elif time.monotonic() - job.started > _TIME:
-        record = {"name": job.name, "failed": f"more than {_TIME} seconds"}
+            code = job.process.exitcode
+            late = code in (-signal.SIGXCPU, -signal.SIGKILL)
+            why = f"killed, perhaps for more than {_TIME} seconds" if late else f"ended with {code}"
+            record = {"name": job.name, "failed": why}
     if record is not None:
         job.process.kill()
         job.process.join()
