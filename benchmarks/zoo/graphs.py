@@ -88,7 +88,7 @@ def _one_turn(
     return {
         "methods": [name for name, same in zip(asked, alike, strict=True) if same],
         "otherwise": alike.count(False),
-        "structure": list(_structure(graph, rewritten, eager)),
+        "structure": list(_structure(subject, graph, rewritten, eager)),
         "error": _difference(rewritten, eager, inputs),
     }
 
@@ -104,21 +104,29 @@ def _carried_out(model: nn.Module, plan: Plan, alike: Sequence[bool]) -> nn.Modu
     return rewritten
 
 
-def _decision(row: Row) -> tuple[Any, bool]:
-    feeds = row.method is not None and row.method.needs_producer
-    return row.method, feeds and row.site.producer is not None and row.site.producer.foldable
+def _decision(row: Row) -> tuple[Any, ...]:
+    """Return the method and, where that matters, which layer feeds the site and whether it takes a scale.
+
+    A plain trace enters subclasses of convolutions, which leaves no layer there to be found.
+    """
+    producer = row.site.producer
+    if row.method is None or not row.method.needs_producer or producer is None:
+        return (row.method,)
+    return row.method, producer.path, producer.foldable
 
 
-def _structure(traced: nn.Module, rewritten: nn.Module, eager: nn.Module) -> Iterable[str]:
+def _structure(
+    subject: nn.Module, traced: nn.Module, rewritten: nn.Module, eager: nn.Module
+) -> Iterable[str]:
     """Yield the state that one has and the other not, beside what the trace does not reach."""
     found, wanted = (
         {name: tuple(value.shape) for name, value in one.state_dict().items() if "num_batches" not in name}
         for one in (rewritten, eager)
     )
     reached = {name.rpartition(".")[0] for name in traced.state_dict()}
-    # torch.fx gives tensors that it met names of its own.
-    constants = {name for name in found if name.startswith("_tensor_constant")}
-    for name in sorted((set(found) | set(wanted)) - constants):
+    # torch.fx names the constants that it met, and makes every buffer persistent.
+    of_trace = set(traced.state_dict()) - set(subject.state_dict())
+    for name in sorted((set(found) | set(wanted)) - of_trace):
         if found.get(name) != wanted.get(name):
             owner = name.rpartition(".")[0]
             if name in found or owner in reached or owner.rpartition(".")[0] in reached:
