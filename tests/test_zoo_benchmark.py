@@ -158,7 +158,9 @@ def test_page_and_summary_say_what_was_found() -> None:
     assert document["graphs"]["eval"]["equal"] == 2
     assert document["graphs"]["train"]["not traced"] == {"TraceError": 2}
     assert document["problems"] == ["b: group: not alive: constant: n"]
-    text = page(records, document)
+    text = page(records, document, 2)
+    assert "Not complete" not in text
+    assert "1 of the zoo's 3 networks" in page(records, document, 3)
     assert "- b: group: not alive: constant: n" in text
     assert "| a/network | 3 | ≈ | = −1 | 2 left | equal, not traced |" in text
     assert "| b | 3 | **!** | = | 2 left | equal, not traced |" in text
@@ -167,6 +169,8 @@ def test_page_and_summary_say_what_was_found() -> None:
 def test_everything_that_can_be_wrong_is_a_problem() -> None:
     good = _record()
     assert problems(good) == []
+    assert problems({"name": "x"}) == ["x: not examined yet"]
+    assert problems({"name": "x", "failed": "MemoryError"}) == ["x: MemoryError"]
     for key, value in {
         "left": ["n"],
         "calling": ["Conv"],

@@ -33,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="only these, for example timm/resnet18")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time, one thread each")
+    parser.add_argument("--page", action="store_true", help="examine nothing, write what is known so far")
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
     options = parser.parse_args()
     unknown = [name for name in options.models if name not in ZOO]
@@ -46,20 +47,20 @@ def main() -> int:
     if len(missing) < len(wanted):
         console.print(f"{len(wanted) - len(missing)} of {len(wanted)} networks are done already")
     try:
-        _examine(console, missing, results, options.jobs)
+        _examine(console, [] if options.page else missing, results, options.jobs)
     except KeyboardInterrupt:
         console.print(f"interrupted: {len(results.records)} networks are kept in {_LINES}; run it again")
         return 130
-    found = [line for name in wanted for line in problems(results.records[name])]
+    found = [line for name in wanted for line in problems(results.records.get(name, {"name": name}))]
     for line in found:
         console.print(line, style="red", highlight=False, markup=False)
-    if set(results.records) >= set(ZOO):
-        records = [results.records[name] for name in ZOO]
+    records = [results.records[name] for name in ZOO if name in results.records]
+    if options.page or len(records) == len(ZOO):
         document = summary(records, versions())
         (_LINES.parent / "zoo.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
         (_ROOT / "docs").mkdir(exist_ok=True)
-        (_ROOT / "docs" / "zoo.md").write_text(page(records, document))
-        console.print("wrote benchmarks/results/zoo.json and docs/zoo.md")
+        (_ROOT / "docs" / "zoo.md").write_text(page(records, document, len(ZOO)))
+        console.print(f"{len(records)} of {len(ZOO)}: wrote benchmarks/results/zoo.json and docs/zoo.md")
     return 1 if found else 0
 
 

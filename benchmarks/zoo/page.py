@@ -56,8 +56,8 @@ device.
 """
 
 
-def page(records: Sequence[Record], document: dict[str, Any]) -> str:
-    """Return docs/zoo.md."""
+def page(records: Sequence[Record], document: dict[str, Any], wanted: int) -> str:
+    """Return docs/zoo.md; ``wanted`` is the number of networks in the zoo."""
     done = [record for record in records if "failed" not in record]
     known = document["versions"]
     text = _HEAD.format(
@@ -68,6 +68,10 @@ def page(records: Sequence[Record], document: dict[str, Any]) -> str:
         versions=", ".join(f"{name} {version}" for name, version in known.items()),
         exact=EXACT,
     )
+    if len(records) < wanted:
+        text += (
+            f"\n**Not complete:** {wanted - len(records)} of the zoo's {wanted} networks are yet to be run.\n"
+        )
     text += _methods(document["methods"], len(done)) + _opacus(document["opacus"], len(done))
     text += (
         _reasons(document["methods"])
@@ -87,7 +91,9 @@ def _methods(methods: dict[str, Any], networks: int) -> str:
             _alive(counts, networks),
             f"{counts['layers changed']:,}",
             _refused(counts["layers refused"], networks - counts["nothing refused"]),
-            f"{counts['worst error']:.0e} ({counts['compared']})" if counts["compared"] else "",
+            f"{counts['worst error']:.0e} ({counts['compared']})"
+            if counts["exact"] and counts["compared"]
+            else "",
         )
         for spelling, counts in methods.items()
     )
@@ -114,7 +120,7 @@ alive; BatchNorm left in {counts["BatchNorm left"]} ({counts["layers left"]:,} l
 
 def _reasons(methods: dict[str, Any]) -> str:
     rows = (
-        (f"`{spelling}`", reason, f"{layers:,}", str(networks))
+        (f"`{spelling}`", reason.replace(" in train mode", ""), f"{layers:,}", str(networks))
         for spelling, counts in methods.items()
         for reason, (layers, networks) in counts["reasons"].items()
     )

@@ -45,8 +45,8 @@ def equal(graph: dict[str, Any]) -> bool:
 def problems(record: dict[str, Any]) -> list[str]:
     """Return everything about a network that is not as it must be."""
     name = record["name"]
-    if "failed" in record:
-        return [f"{name}: {record['failed']}"]
+    if "methods" not in record:
+        return [f"{name}: {record.get('failed', 'not examined yet')}"]
     found = []
     for spelling, outcome in record["methods"].items():
         here = f"{name}: {spelling}: "
