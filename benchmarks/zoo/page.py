@@ -40,8 +40,8 @@ Plain `torch.fx.symbolic_trace`, then `normsearch.graph.rewrite`, against `conve
 itself. The sites take the methods in turn, one after the other, until every method had its turn; outputs
 and buffers after a pass must agree to {equal:.0e} (relative, double precision) and the state must have
 the same names and shapes. Functional sites are `F.batch_norm` calls, which a plain trace makes of timm's
-fused layers. Where the graph allows a fold that the network does not, or the other way round, the site
-stays BatchNorm in both.
+fused layers. Where the trace shows another layer upstream than the network does, or another fold, the site
+stays BatchNorm in both ("decided otherwise").
 
 """
 
