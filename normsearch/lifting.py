@@ -125,8 +125,19 @@ def _lift(root: nn.Module, graph: fx.Graph, only: Collection[str] | None) -> fx.
     # The constructor copies what the graph refers to, so each new layer must be there first.
     holder = fx.GraphModule(dict(places) | _referred(root, graph, places), graph)
     holder.training = root.training
+    _restore_persistence(root, holder)
     holder.graph.lint()
     return holder
+
+
+def _restore_persistence(root: nn.Module, holder: fx.GraphModule) -> None:
+    """Keep buffers out of the state dict that are not in the model's: the constructor cannot know of them."""
+    for node in holder.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        owner, _, name = node.target.rpartition(".")
+        if name in root.get_submodule(owner)._non_persistent_buffers_set:
+            holder.get_submodule(owner)._non_persistent_buffers_set.add(name)
 
 
 def _referred(root: nn.Module, graph: fx.Graph, places: list[tuple[str, Any]]) -> dict[str, Any]:

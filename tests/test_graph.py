@@ -196,6 +196,22 @@ def test_what_a_plan_keeps_stays_a_call_with_its_own_state(training: bool) -> No
     assert any(bool((rewritten.get_buffer(name) != 1).any()) for name in kept) == training
 
 
+def test_buffers_outside_the_state_dict_stay_outside() -> None:
+    class Shifted(Functional):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("shift", torch.ones(1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.shift)
+
+    model = Shifted().eval()
+    graph = fx.symbolic_trace(model)
+    for converted in (convert(model, "group"), rewrite(graph, normsearch.plan(graph, "group"))):
+        assert torch.equal(converted.shift, model.shift)
+        assert "shift" not in converted.state_dict()
+
+
 def test_rewrite_takes_graphs_only() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     with pytest.raises(normsearch.ModelError, match=r"takes a torch\.fx\.GraphModule"):
