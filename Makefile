@@ -33,6 +33,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.checkpoint_memory
 	$(BIN)/python -m benchmarks.fuzz_admission
 	$(BIN)/python -m benchmarks.finetuning
+	$(BIN)/python -m benchmarks.zoo
 
 clean:
 	rm -rf .venv demo-output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -81,19 +82,20 @@ def convert(
     _check_targets(the_plan, model, keep, in_place=in_place)
     if not in_place and not lazy:
         target = copied(model)
-    if any(site.kind == "functional" for site, _ in the_plan.changes):
-        target = _as_graph(target, in_place=in_place)
+    calls = {site.path for site, _ in the_plan.changes if site.kind == "functional"}
+    if calls:
+        target = _as_graph(target, calls, in_place=in_place)
     return replace_layers(target, the_plan, keep, inputs=inputs, optimizer=optimizer)
 
 
-def _as_graph(model: nn.Module, *, in_place: bool) -> nn.Module:
-    """Return the graph in which the model's F.batch_norm calls are layers."""
+def _as_graph(model: nn.Module, calls: Collection[str], *, in_place: bool) -> nn.Module:
+    """Return the graph in which these F.batch_norm calls of the model are layers."""
     if in_place:
         raise ModelError(
             f"{type(model).__name__} calls F.batch_norm itself: its graph is rewritten, which cannot be "
             "done in place; use the return value of convert without in_place"
         )
-    return with_calls_lifted(model, certain=True)
+    return with_calls_lifted(model, certain=True, only=calls)
 
 
 def _check_targets(the_plan: Plan, model: nn.Module, keep: Keep, *, in_place: bool) -> None:

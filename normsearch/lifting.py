@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ class FunctionalBatchNorm(_BatchNorm):
         """Accept what the function accepts."""
 
 
-def lifted(model: nn.Module, leaves: list[nn.Module]) -> fx.GraphModule | str:
+def lifted(
+    model: nn.Module, leaves: list[nn.Module], only: Collection[str] | None = None
+) -> fx.GraphModule | str:
     """Return ``model`` as a graph whose F.batch_norm calls are modules, or why that cannot be.
 
     The graph shares every parameter, buffer and submodule with the model, which is not modified. A model
@@ -36,6 +38,8 @@ def lifted(model: nn.Module, leaves: list[nn.Module]) -> fx.GraphModule | str:
     Args:
         model: a GraphModule, or a model that calls F.batch_norm itself.
         leaves: modules that a trace must not enter.
+        only: the paths of the layers to make; a graph's other calls stay as they are. None makes all, and a
+            model's are all made: its trace has fixed their mode.
 
     """
     if isinstance(model, fx.GraphModule):
@@ -43,7 +47,7 @@ def lifted(model: nn.Module, leaves: list[nn.Module]) -> fx.GraphModule | str:
         output = graph.graph_copy(model.graph, {}, return_output_node=True)
         assert isinstance(output, tuple)
         graph.output(output[0]).meta = dict(output[1].meta)
-        return _lift(model, graph)
+        return _lift(model, graph, only)
     traced = trace(model, leaves, training=False)
     training = trace(model, leaves, training=True)
     if isinstance(traced, str):
@@ -52,7 +56,7 @@ def lifted(model: nn.Module, leaves: list[nn.Module]) -> fx.GraphModule | str:
         return training
     if _canonical(traced) != _canonical(training):
         return "its graphs in train and eval mode differ in more than the training flag"
-    return _lift(model, traced)
+    return _lift(model, traced, None)
 
 
 def functional_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -92,32 +96,48 @@ def _canonical(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return steps
 
 
-def _lift(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def _lift(root: nn.Module, graph: fx.Graph, only: Collection[str] | None) -> fx.GraphModule:
     places: list[tuple[str, FunctionalBatchNorm]] = []
+    counters: set[str] = set()
+    taken: set[str] = set()
     for node in list(functional_nodes(graph)):
         arguments = _arguments(node)
         sources = {name: arguments[name] for name in _STATE}
         if not all(source is None or _is_attribute(source) for source in sources.values()):
             # A computed γ or statistic belongs to no layer: the call stays, and find_sites reports it.
             continue
-        layer = _layer(root, sources, arguments)
         owner = next((s.target.rpartition(".")[0] for s in sources.values() if s is not None), "")
-        path = _free(root, f"{owner}.norm" if owner else "norm", {path for path, _ in places})
-        places.append((path, layer))
+        path = _free(root, f"{owner}.norm" if owner else "norm", taken)
+        taken.add(path)
+        if only is not None and path not in only:
+            continue
+        places.append((path, _layer(root, sources, arguments)))
+        counters.add(f"{owner}.num_batches_tracked".removeprefix("."))
         with graph.inserting_before(node):
             new = graph.call_module(path, (arguments["input"],))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-    _erase_counters(graph)
+    _erase_counters(graph, counters)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     # The constructor copies what the graph refers to, so each new layer must be there first.
     holder = fx.GraphModule(dict(places) | _referred(root, graph, places), graph)
     holder.training = root.training
+    _restore_persistence(root, holder)
     holder.graph.lint()
     return holder
+
+
+def _restore_persistence(root: nn.Module, holder: fx.GraphModule) -> None:
+    """Keep buffers out of the state dict that are not in the model's: the constructor cannot know of them."""
+    for node in holder.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        owner, _, name = node.target.rpartition(".")
+        if name in root.get_submodule(owner)._non_persistent_buffers_set:
+            holder.get_submodule(owner)._non_persistent_buffers_set.add(name)
 
 
 def _referred(root: nn.Module, graph: fx.Graph, places: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,9 +197,9 @@ def _free(root: nn.Module, path: str, taken: set[str]) -> str:
     return next(candidate for candidate in candidates if candidate not in names)
 
 
-def _erase_counters(graph: fx.Graph) -> None:
-    """Drop updates of num_batches_tracked that a traced train mode wrote out: the layers count themselves."""
+def _erase_counters(graph: fx.Graph, counters: set[str]) -> None:
+    """Drop updates of these counters that a traced train mode wrote out: the layers count themselves."""
     for node in reversed(list(graph.nodes)):
         counts = node.op in ("call_method", "call_function") and node.args and _is_attribute(node.args[0])
-        if counts and str(node.args[0].target).endswith("num_batches_tracked") and not node.users:
+        if counts and node.args[0].target in counters and not node.users:
             graph.erase_node(node)

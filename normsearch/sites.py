@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -176,12 +176,14 @@ def analyse(
     return (*listed, *_weight_sites(model, listed)) if weights else listed
 
 
-def with_calls_lifted(model: nn.Module, *, certain: bool = False) -> nn.Module:
+def with_calls_lifted(
+    model: nn.Module, *, certain: bool = False, only: Collection[str] | None = None
+) -> nn.Module:
     """Return ``model`` with its F.batch_norm calls as modules, where that is safe; else itself."""
     if not certain and not names_batch_norm(model):
         return model
     known = [module for module in model.modules() if _kind(module) is not None]
-    graph = lifted(model, known)
+    graph = lifted(model, known, only)
     return model if isinstance(graph, str) else graph
 
 

@@ -175,6 +175,48 @@ def test_metadata_of_nodes_stays() -> None:
     assert not [node for node in rewritten.graph.nodes if node.op == "get_attr"]
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_what_a_plan_keeps_stays_a_call_with_its_own_state(training: bool) -> None:
+    model = timm.create_model("mobilenetv3_small_050").double().train(training)
+    graph = fx.symbolic_trace(copy.deepcopy(model))
+    paths = [site.path for site in find_sites(graph)]
+    rewritten = rewrite(graph, normsearch.plan(graph, {paths[0]: "group", "*": "batch"}))
+    assert len(paths) == 34
+    assert sum(node.target is F.batch_norm for node in rewritten.graph.nodes) == 33
+    assert [site.path for site in find_sites(rewritten)] == paths[1:]
+    gone, come = set(graph.state_dict()) - set(rewritten.state_dict()), set(rewritten.state_dict())
+    state = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert gone <= {f"bn1.{name}" for name in state}
+    assert come - set(graph.state_dict()) == {"bn1.norm.weight", "bn1.norm.bias"}
+    eager = convert(model, {"bn1": "group"})
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    outputs = []
+    for one in (rewritten, eager):
+        torch.manual_seed(0)
+        outputs.append(one(x))
+    assert distance(*outputs) < 1e-12
+    kept = [name for name in rewritten.state_dict() if name.endswith("running_var")]
+    assert len(kept) == 33
+    assert all(torch.equal(rewritten.get_buffer(name), eager.get_buffer(name)) for name in kept)
+    assert any(bool((rewritten.get_buffer(name) != 1).any()) for name in kept) == training
+
+
+def test_buffers_outside_the_state_dict_stay_outside() -> None:
+    class Shifted(Functional):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("shift", torch.ones(1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.shift)
+
+    model = Shifted().eval()
+    graph = fx.symbolic_trace(model)
+    for converted in (convert(model, "group"), rewrite(graph, normsearch.plan(graph, "group"))):
+        assert torch.equal(converted.shift, model.shift)
+        assert "shift" not in converted.state_dict()
+
+
 def test_rewrite_takes_graphs_only() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     with pytest.raises(normsearch.ModelError, match=r"takes a torch\.fx\.GraphModule"):

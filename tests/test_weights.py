@@ -48,6 +48,20 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float(((a - b).norm() / b.norm()).detach())
 
 
+def test_nothing_is_iterated_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch takes milliseconds for each product of nothing: half a minute for a deep network.
+    products: list[Tensor] = []
+    multiply = torch.mv
+    monkeypatch.setattr(torch, "mv", lambda a, b: products.append(b) or multiply(a, b))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
+    converted = convert(model, "spectral(gain=fixed)", inputs=torch.empty(1, 4, 5, 5, device="meta"))
+    assert converted[0].left.shape == (6,)
+    assert converted[0].right.shape == (4 * 9,)
+    assert converted[0].left.is_meta
+    assert len(products) == 1
+
+
 @pytest.mark.parametrize("kind", PRODUCERS)
 @pytest.mark.parametrize("spelling", EXACT)
 def test_exact_where_the_producer_takes_the_scale(spelling: str, kind: str) -> None:
