@@ -3,6 +3,10 @@
 Every activation normalization here is y = (x − m)·scale + shift, where m and v are the mean and the biased
 variance of each (sample, channel) over the spatial elements and (scale, shift) follow from them by a small
 rule. The rule sees tensors of shape (N, C) only, so its cost does not grow with the map.
+
+With S1 = Σ dy and S2 = Σ dy (x − m), the gradients of shift and scale, and dm, dv what the rule's own
+gradient makes of them, dx = scale·dy + (2 dv/L) (x − m) + (dm − scale·S1)/L: two passes over x and dy,
+and nothing of x's size is kept for them but x.
 """
 
 from __future__ import annotations
@@ -11,9 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+
+from normsearch import passes
 
 #: (mean, variance) of shape (N, C) to (scale, shift) that broadcast to (N, C), and anything to hand back.
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]]
@@ -31,7 +38,33 @@ def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
         inputs are computed in single precision.
 
     """
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if torch.compiler.is_compiling() or not _has_closed_form(x):
+        return _differentiated(x, rule)
+    mean, variance, carrier, slope = _Moments.apply(x)
+    scale, shift, extra = rule(mean, variance)
+    scale, shift = (part.to(mean.dtype).expand_as(mean) for part in (scale, shift))
+    return _Affine.apply(x, carrier, slope, mean, scale, shift), extra
+
+
+def _has_closed_form(x: Tensor) -> bool:
+    """Whether autograd runs its usual way over ``x``, and there is something to average over.
+
+    Transforms of torch.func, forward mode, tracers and tensor subclasses differentiate or record the
+    operations themselves.
+    """
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.is_floating_point()
+        and x.numel() > x.shape[:2].numel() > 0
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _differentiated(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
+    """``normalize`` by operations that autograd, torch.func and compilers see through."""
+    wide = x.to(passes.wide(x.dtype))
     spatial = tuple(range(2, x.dim()))
     if spatial:
         kept = wide.mean(spatial, keepdim=True)
@@ -44,6 +77,60 @@ def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
     shape = (*mean.shape, *(1 for _ in spatial))
     scale, shift = (part.expand_as(mean).reshape(shape) for part in (scale, shift))
     return (centred * scale + shift).to(x.dtype), extra
+
+
+class _Moments(torch.autograd.Function):
+    """Moments of x, and two stand-ins that bring ``_Affine``'s part of dx back here.
+
+    x reaches y by two ways, through its moments and by itself. Adding the two gradients would be one more
+    pass over memory, so ``_Affine`` sends dy and its scale back as the gradients of ``carrier`` and
+    ``slope``, which hold no data, and dx is written once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, variance = passes.moments(x)
+        ctx.save_for_backward(x, mean)
+        ctx.set_materialize_grads(False)
+        return mean, variance, x.new_zeros(()).expand(x.shape), mean.new_zeros(()).expand(mean.shape)
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_mean: Tensor | None, of_variance: Tensor | None, grad: Tensor | None, slope: Tensor | None
+    ) -> Tensor:
+        x, mean = ctx.saved_tensors
+        elements = x.shape[2:].numel()
+        parts = [torch.zeros_like(mean) if part is None else part for part in (slope, of_variance, of_mean)]
+        of_grad, of_x, of_one = parts[0], parts[1] * (2 / elements), parts[2] / elements
+        if grad is None:
+            grad = torch.zeros_like(x)
+        if torch.is_grad_enabled():
+            terms = (passes.spread(part, x) for part in (mean, of_grad, of_x, of_one))
+            centre, of_grad, of_x, of_one = terms
+            return (of_grad * grad + of_x * (x - centre) + of_one).to(x.dtype)
+        return passes.input_gradient(grad, x, mean, of_grad, of_x, of_one)
+
+
+class _Affine(torch.autograd.Function):
+    """(x − mean)·scale + shift; see ``_Moments`` for ``carrier`` and ``slope``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, carrier: Tensor, slope: Tensor, mean: Tensor, scale: Tensor, shift: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, scale)
+        return passes.affine(x, mean, scale, shift)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            spatial = tuple(range(2, x.dim()))
+            plain = grad.sum(spatial, dtype=mean.dtype)
+            centred = (grad * (x - passes.spread(mean, x))).sum(spatial)
+        else:
+            plain, centred = passes.sums(grad, x, mean)
+        return None, grad, scale, -scale * plain, centred, plain
 
 
 def group_moments(mean: Tensor, variance: Tensor, groups: int) -> tuple[Tensor, Tensor]:
