@@ -26,6 +26,41 @@ from normsearch import passes
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]]
 
 
+class ClosedRule:
+    """A rule with its gradient written out, where autograd over many small operations would cost more.
+
+    An object serves one forward pass: calling it keeps what ``gradient`` needs. The call itself stays
+    differentiable, for double backward, transforms, compilers and wherever ``closed`` is false.
+    """
+
+    #: Whether ``gradient`` holds for this pass.
+    closed = True
+    #: What scale and shift depend on beside the moments; None where a layer has no such parameter.
+    parameters: tuple[Tensor | None, ...] = ()
+    #: What the last call handed back.
+    extra: Any = None
+
+    def __call__(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Return scale, shift and anything to hand back."""
+        raise NotImplementedError
+
+    def gradient(
+        self, of_scale: Tensor, of_shift: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Return the gradients of the mean, the variance and the parameters.
+
+        Args:
+            of_scale: S2 = Σ dy (x − m), shape (N, C).
+            of_shift: S1 = Σ dy, shape (N, C).
+
+        Returns:
+            Those of y = (x − m)·scale + shift, the mean's with the −scale·S1 that comes from (x − m); the
+            first two broadcast to (N, C).
+
+        """
+        raise NotImplementedError
+
+
 def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
     """Normalize ``x`` by its per-(sample, channel) moments.
 
@@ -38,8 +73,10 @@ def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
         inputs are computed in single precision.
 
     """
-    if torch.compiler.is_compiling() or not _has_closed_form(x):
+    if not _has_closed_form(x):
         return _differentiated(x, rule)
+    if isinstance(rule, ClosedRule) and rule.closed:
+        return _Normalize.apply(x, rule, *rule.parameters), rule.extra
     mean, variance, carrier, slope = _Moments.apply(x)
     scale, shift, extra = rule(mean, variance)
     scale, shift = (part.to(mean.dtype).expand_as(mean) for part in (scale, shift))
@@ -53,13 +90,52 @@ def _has_closed_form(x: Tensor) -> bool:
     operations themselves.
     """
     return (
-        type(x) in (Tensor, nn.Parameter)
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
         and x.is_floating_point()
-        and x.numel() > x.shape[:2].numel() > 0
+        and x.numel() > x.shape[0] * x.shape[1] > 0
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+class _Normalize(torch.autograd.Function):
+    """``normalize`` by a rule whose gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rule: ClosedRule, *parameters: Tensor | None) -> Tensor:
+        mean, variance = passes.moments(x)
+        scale, shift, rule.extra = rule(mean, variance)
+        ctx.save_for_backward(x)
+        # Of shape (N, C), and neither inputs nor outputs: autograd need not know them.
+        ctx.rule, ctx.mean, ctx.scale = rule, mean, scale.expand_as(mean)
+        return passes.affine(x, mean, ctx.scale, shift.expand_as(mean))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _again(x, ctx.rule, grad, ctx.needs_input_grad)
+        plain, centred = passes.sums(grad, x, ctx.mean)
+        of_mean, of_variance, of_parameters = ctx.rule.gradient(centred, plain)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            elements = x.shape[2:].numel()
+            of_x, of_one = (
+                part.expand_as(ctx.mean) for part in (of_variance * (2 / elements), of_mean / elements)
+            )
+            dx = passes.input_gradient(grad, x, ctx.mean, ctx.scale, of_x, of_one)
+        return dx, None, *of_parameters
+
+
+def _again(x: Tensor, rule: ClosedRule, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The gradient as a function of its own inputs, for double backward."""
+    variables = [x if needed[0] else None, None, *rule.parameters]
+    wanted = [part for part, need in zip(variables, needed, strict=True) if need and part is not None]
+    y, _ = _differentiated(x, rule)
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, materialize_grads=True))
+    return tuple(next(found) if need else None for need in needed)
 
 
 def _differentiated(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
@@ -96,7 +172,11 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, of_mean: Tensor | None, of_variance: Tensor | None, grad: Tensor | None, slope: Tensor | None
+        ctx: Any,
+        of_mean: Tensor | None,
+        of_variance: Tensor | None,
+        grad: Tensor | None,
+        slope: Tensor | None,
     ) -> Tensor:
         x, mean = ctx.saved_tensors
         elements = x.shape[2:].numel()
@@ -138,15 +218,20 @@ def group_moments(mean: Tensor, variance: Tensor, groups: int) -> tuple[Tensor, 
 
     μ_g = mean_c m, σ_g² = mean_c v + mean_c (m − μ_g)².
     """
+    if groups == 1:
+        centre, spread = _union(mean, variance, 1)
+        return centre.expand_as(mean), spread.expand_as(mean)
     n, channels = mean.shape
-    size = channels // groups
-    m, v = mean.reshape(n, groups, size), variance.reshape(n, groups, size)
-    centre = m.mean(2, keepdim=True)
-    spread = v.mean(2, keepdim=True) + (m - centre).square().mean(2, keepdim=True)
-    return (
-        centre.expand(-1, -1, size).reshape(n, channels),
-        spread.expand(-1, -1, size).reshape(n, channels),
-    )
+    shape = (n, groups, channels // groups)
+    centre, spread = _union(mean.reshape(shape), variance.reshape(shape), 2)
+    return centre.expand(shape).reshape(n, channels), spread.expand(shape).reshape(n, channels)
+
+
+def _union(mean: Tensor, variance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Moments of the union of sets of equal size along ``dim``, which stays with size one."""
+    centre = mean.mean(dim, keepdim=True)
+    off = mean - centre
+    return centre, torch.addcmul(variance, off, off).mean(dim, keepdim=True)
 
 
 def batch_moments(
@@ -170,8 +255,8 @@ def batch_moments(
         centre = _SumOverProcesses.apply(mean.sum(0), process_group) / count
         spread = (variance + (mean - centre).square()).sum(0)
         return centre, _SumOverProcesses.apply(spread, process_group) / count, count
-    centre = mean.mean(0)
-    return centre, (variance + (mean - centre).square()).mean(0), count
+    centre, spread = _union(mean, variance, 0)
+    return centre.squeeze(0), spread.squeeze(0), count
 
 
 def batch_mean(x: Tensor, *, synchronized: bool = False, process_group: Any = None) -> Tensor:

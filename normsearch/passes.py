@@ -81,7 +81,9 @@ def sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return grad.sum(spatial, dtype=mean.dtype), ((x - spread(mean, x)) * grad).sum(spatial)
 
 
-def input_gradient(grad: Tensor, x: Tensor, mean: Tensor, of_grad: Tensor, of_x: Tensor, of_one: Tensor) -> Tensor:
+def input_gradient(
+    grad: Tensor, x: Tensor, mean: Tensor, of_grad: Tensor, of_x: Tensor, of_one: Tensor
+) -> Tensor:
     """Return grad·of_grad + (x − mean)·of_x + of_one in the dtype and memory format of ``x``."""
     if _in_blocks(x):
         dx = torch.empty_like(x)
@@ -108,9 +110,13 @@ def _in_blocks(x: Tensor) -> bool:
 
 def _blocks(x: Tensor) -> Iterator[slice]:
     """Slices of the first dimension that keep every thread's share of a block in its cache."""
-    size = max(1, _BLOCK * torch.get_num_threads() * x.shape[0] // x.numel())
+    size = _block(x)
     for start in range(0, x.shape[0], size):
         yield slice(start, start + size)
+
+
+def _block(x: Tensor) -> int:
+    return max(1, _BLOCK * torch.get_num_threads() * x.shape[0] // x.numel())
 
 
 def _rows(x: Tensor) -> Tensor | None:
@@ -138,25 +144,22 @@ def _from_columns(columns: Tensor, x: Tensor) -> Tensor:
 
 def _row_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of each row; the kernel of group norm has the fastest ones, its output is not used."""
-    means, variances = [], []
-    for block in _blocks(rows):
-        part = rows[block]
+    parts = []
+    for part in rows.split(_block(rows)):
+        count, elements = part.shape
         # One group per row. An epsilon of zero: 1/√v is then infinite where v is 0, and its power −2 is 0.
-        _, mean, inverse = _aten.native_group_norm(
-            part.unsqueeze(0), None, None, 1, part.shape[0], part.shape[1], part.shape[0], 0.0
+        parts.append(
+            torch.native_group_norm(part.unsqueeze(0), None, None, 1, count, elements, count, 0.0)[1:]
         )
-        means.append(mean.view(-1))
-        variances.append(inverse.view(-1).pow(-2))
-    if len(means) == 1:
-        return means[0], variances[0]
-    return torch.cat(means), torch.cat(variances)
+    mean, inverse = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return mean, inverse.pow(-2)
 
 
 def _row_affine(rows: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Batch norm in eval mode with a variance of one, each row a channel."""
     flat = mean.reshape(-1)
     one = torch.ones_like(flat)
-    y: Tensor = _aten.native_batch_norm(
+    y: Tensor = torch.native_batch_norm(
         rows.unsqueeze(0), scale.reshape(-1), shift.reshape(-1), flat, one, False, 0.0, 0.0
     )[0]
     return y
@@ -165,7 +168,7 @@ def _row_affine(rows: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Ten
 def _batch_norm_sums(grad: Tensor, values: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of batch norm's β and γ, each row of (rows, L) a channel."""
     one = torch.ones_like(mean)
-    _, centred, plain = _aten.native_batch_norm_backward(
+    _, centred, plain = _aten.native_batch_norm_backward.default(
         grad.unsqueeze(0), values.unsqueeze(0), one, None, None, mean, one, True, 0.0, [False, True, True]
     )
     return plain, centred
@@ -173,7 +176,7 @@ def _batch_norm_sums(grad: Tensor, values: Tensor, mean: Tensor) -> tuple[Tensor
 
 def _column_moments(columns: Tensor) -> tuple[Tensor, Tensor]:
     if columns[0].numel() >= _SAMPLE:
-        parts = [_aten.batch_norm_update_stats(sample, None, None, 0.0) for sample in _samples(columns)]
+        parts = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in _samples(columns)]
         return torch.stack([mean for mean, _ in parts]), torch.stack([variance for _, variance in parts])
     mean = columns.mean(1)
     return mean, torch.cat(
@@ -185,7 +188,7 @@ def _column_sums(grad: Tensor, columns: Tensor, mean: Tensor) -> tuple[Tensor, T
     if columns[0].numel() >= _SAMPLE:
         one = torch.ones_like(mean[0])
         parts = [
-            _aten.native_batch_norm_backward(
+            _aten.native_batch_norm_backward.default(
                 dy, sample, one, None, None, centre, one, True, 0.0, [False, True, True]
             )
             for dy, sample, centre in zip(_samples(grad), _samples(columns), mean, strict=True)

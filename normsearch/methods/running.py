@@ -12,6 +12,10 @@ from normsearch.methods.base import TrainedNorm
 from normsearch.moments import batch_moments
 
 
+#: Mean and variance per channel of a batch, shape (C,), and the number of its samples.
+Statistics = tuple[Tensor, Tensor, int]
+
+
 def check_input(layer: nn.Module, x: Tensor, channels: int) -> None:
     """Raise a ``ShapeError`` unless ``x`` is (N, C) or (N, C, *spatial) with the layer's channels."""
     ranks = getattr(layer, "ranks", None) or (2, 3, 4, 5)
@@ -96,7 +100,7 @@ class RunningNorm(nn.Module):
                 own.copy_(value)
         self.synchronized, self.process_group = old.synchronized, old.process_group
 
-    def batch_statistics(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, int]:
+    def batch_statistics(self, mean: Tensor, variance: Tensor) -> Statistics:
         """Moments of the batch per channel and the number of samples, over all processes if synchronized."""
         return batch_moments(mean, variance, synchronized=self.synchronized, process_group=self.process_group)
 
@@ -104,6 +108,11 @@ class RunningNorm(nn.Module):
     def uses_batch(self) -> bool:
         """Whether this forward pass normalizes by the batch: in training, or without running statistics."""
         return self.training or self.running_mean is None
+
+    @property
+    def uses_own_batch(self) -> bool:
+        """Whether it normalizes by what this process alone can see of the batch."""
+        return self.uses_batch and not self.synchronized
 
     def running(self) -> tuple[Tensor, Tensor]:
         """Return the running mean and variance; only where ``uses_batch`` is false or they are tracked."""
@@ -142,6 +151,14 @@ class RunningNorm(nn.Module):
     def shifted(self, shift: Tensor) -> Tensor:
         """Return shift + β."""
         return shift if self.bias is None else shift + self.bias
+
+    def of_affine(self, scaled: Tensor, shifted: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of γ and β: what is scaled or shifted times its gradient, summed over (N,)."""
+        found = (part if part.dim() == 1 else part.sum(0) for part in (scaled, shifted))
+        return tuple(
+            None if parameter is None else part.to(parameter.dtype)
+            for part, parameter in zip(found, (self.weight, self.bias), strict=True)
+        )
 
     def extra_repr(self) -> str:
         """Print what torch's layers print."""

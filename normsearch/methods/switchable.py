@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from normsearch.errors import MethodError
 from normsearch.methods.base import Built, Method, TrainedNorm
 from normsearch.methods.group import affine_note, group_statistics
+from normsearch.methods.mixture import Mixture
 from normsearch.methods.running import RunningNorm, check_input
-from normsearch.moments import group_moments, normalize
+from normsearch.moments import normalize
 from normsearch.sites import NormSite
 
 #: Order of the logits, as in the authors' code.
@@ -73,30 +74,12 @@ class SwitchableNorm(RunningNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (N, C, *spatial)."""
         check_input(self, x, self.num_features)
-        y, statistics = normalize(x, self._rule)
+        weights = torch.stack([self.mean_logits, self.var_logits]).softmax(1)
+        y, statistics = normalize(x, Mixture(self, weights))
         if statistics is not None:
             mean, variance, count = statistics
             self.update(mean, variance, count * x.shape[2:].numel())
         return y
-
-    def _rule(
-        self, mean: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
-        statistics = self.batch_statistics(mean, variance) if self.uses_batch else None
-        batch = self.running() if statistics is None else statistics[:2]
-        layer = group_moments(mean, variance, 1)
-        mixed_mean, mixed_var = (
-            weights[INSTANCE] * own + weights[LAYER] * whole + weights[BATCH] * of_batch
-            for weights, own, whole, of_batch in zip(
-                (self.mean_logits.to(mean.dtype).softmax(0), self.var_logits.to(mean.dtype).softmax(0)),
-                (mean, variance),
-                layer,
-                batch,
-                strict=True,
-            )
-        )
-        scale = self.scaled((mixed_var + self.eps).rsqrt())
-        return scale, self.shifted((mean - mixed_mean) * scale), statistics
 
 
 @dataclass(frozen=True)
