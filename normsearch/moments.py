@@ -20,7 +20,14 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from normsearch import passes
+from normsearch.passes import (
+    input_gradient,
+    spatial_affine,
+    spatial_moments,
+    spatial_sums,
+    spread,
+    wide_dtype,
+)
 
 #: (mean, variance) of shape (N, C) to (scale, shift) that broadcast to (N, C), and anything to hand back.
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]]
@@ -105,19 +112,19 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rule: ClosedRule, *parameters: Tensor | None) -> Tensor:
-        mean, variance = passes.moments(x)
+        mean, variance = spatial_moments(x)
         scale, shift, rule.extra = rule(mean, variance)
         ctx.save_for_backward(x)
         # Of shape (N, C), and neither inputs nor outputs: autograd need not know them.
         ctx.rule, ctx.mean, ctx.scale = rule, mean, scale.expand_as(mean)
-        return passes.affine(x, mean, ctx.scale, shift.expand_as(mean))
+        return spatial_affine(x, mean, ctx.scale, shift.expand_as(mean))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _again(x, ctx.rule, grad, ctx.needs_input_grad)
-        plain, centred = passes.sums(grad, x, ctx.mean)
+        plain, centred = spatial_sums(grad, x, ctx.mean)
         of_mean, of_variance, of_parameters = ctx.rule.gradient(centred, plain)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -125,7 +132,7 @@ class _Normalize(torch.autograd.Function):
             of_x, of_one = (
                 part.expand_as(ctx.mean) for part in (of_variance * (2 / elements), of_mean / elements)
             )
-            dx = passes.input_gradient(grad, x, ctx.mean, ctx.scale, of_x, of_one)
+            dx = input_gradient(grad, x, ctx.mean, ctx.scale, of_x, of_one)
         return dx, None, *of_parameters
 
 
@@ -140,18 +147,17 @@ def _again(x: Tensor, rule: ClosedRule, grad: Tensor, needed: tuple[bool, ...]) 
 
 def _differentiated(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
     """``normalize`` by operations that autograd, torch.func and compilers see through."""
-    wide = x.to(passes.wide(x.dtype))
+    wide = x.to(wide_dtype(x.dtype))
     spatial = tuple(range(2, x.dim()))
-    if spatial:
-        kept = wide.mean(spatial, keepdim=True)
-        centred = wide - kept
-        # The centred form keeps its digits where the mean is a thousand standard deviations.
-        mean, variance = kept.flatten(1), centred.square().mean(spatial)
-    else:
-        centred, mean, variance = torch.zeros_like(wide), wide, torch.zeros_like(wide)
+    kept = wide.mean(spatial, keepdim=True) if spatial else wide
+    # v = mean (x − c)² − (m − c)² and y = (x − c)·scale + shift − (m − c)·scale hold for every constant c.
+    # With c = m the small terms are zero, and carry the gradients for which x − m would need one more pass.
+    constant = kept.detach()
+    centred, off = wide - constant, (kept - constant).flatten(1)
+    mean = kept.flatten(1)
+    variance = (centred.square().mean(spatial) if spatial else centred.square()) - off.square()
     scale, shift, extra = rule(mean, variance)
-    shape = (*mean.shape, *(1 for _ in spatial))
-    scale, shift = (part.expand_as(mean).reshape(shape) for part in (scale, shift))
+    scale, shift = (spread(part.expand_as(mean), x) for part in (scale, shift - off * scale))
     return (centred * scale + shift).to(x.dtype), extra
 
 
@@ -165,7 +171,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, variance = passes.moments(x)
+        mean, variance = spatial_moments(x)
         ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
         return mean, variance, x.new_zeros(()).expand(x.shape), mean.new_zeros(()).expand(mean.shape)
@@ -185,10 +191,10 @@ class _Moments(torch.autograd.Function):
         if grad is None:
             grad = torch.zeros_like(x)
         if torch.is_grad_enabled():
-            terms = (passes.spread(part, x) for part in (mean, of_grad, of_x, of_one))
+            terms = (spread(part, x) for part in (mean, of_grad, of_x, of_one))
             centre, of_grad, of_x, of_one = terms
             return (of_grad * grad + of_x * (x - centre) + of_one).to(x.dtype)
-        return passes.input_gradient(grad, x, mean, of_grad, of_x, of_one)
+        return input_gradient(grad, x, mean, of_grad, of_x, of_one)
 
 
 class _Affine(torch.autograd.Function):
@@ -199,7 +205,7 @@ class _Affine(torch.autograd.Function):
         ctx: Any, x: Tensor, carrier: Tensor, slope: Tensor, mean: Tensor, scale: Tensor, shift: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, mean, scale)
-        return passes.affine(x, mean, scale, shift)
+        return spatial_affine(x, mean, scale, shift)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -207,9 +213,9 @@ class _Affine(torch.autograd.Function):
         if torch.is_grad_enabled():
             spatial = tuple(range(2, x.dim()))
             plain = grad.sum(spatial, dtype=mean.dtype)
-            centred = (grad * (x - passes.spread(mean, x))).sum(spatial)
+            centred = (grad * (x - spread(mean, x))).sum(spatial)
         else:
-            plain, centred = passes.sums(grad, x, mean)
+            plain, centred = spatial_sums(grad, x, mean)
         return None, grad, scale, -scale * plain, centred, plain
 
 

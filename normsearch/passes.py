@@ -23,7 +23,7 @@ _SAMPLE = 2**14
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which statistics of inputs of ``dtype`` are computed."""
     return torch.float32 if dtype in _HALF else dtype
 
@@ -33,14 +33,14 @@ def spread(statistic: Tensor, x: Tensor) -> Tensor:
     return statistic.reshape(*statistic.shape, *(1 for _ in x.shape[2:]))
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def spatial_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance per (sample, channel) over the spatial elements.
 
     The variance is a mean of squared deviations: it keeps its digits where the mean is a thousand standard
     deviations.
     """
     if _in_blocks(x):
-        parts = [moments(x[block].float()) for block in _blocks(x)]
+        parts = [spatial_moments(x[block].float()) for block in _blocks(x)]
         return torch.cat([mean for mean, _ in parts]), torch.cat([variance for _, variance in parts])
     if (rows := _rows(x)) is not None:
         mean, variance = _row_moments(rows)
@@ -48,16 +48,16 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if (columns := _columns(x)) is not None:
         return _column_moments(columns)
     spatial = tuple(range(2, x.dim()))
-    kept = x.mean(spatial, keepdim=True, dtype=wide(x.dtype))
+    kept = x.mean(spatial, keepdim=True, dtype=wide_dtype(x.dtype))
     return kept.flatten(1), (x - kept).square_().mean(spatial)
 
 
-def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def spatial_affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Return (x − mean)·scale + shift in the dtype and memory format of ``x``."""
     if _in_blocks(x):
         y = torch.empty_like(x)
         for block in _blocks(x):
-            y[block] = affine(x[block].float(), mean[block], scale[block], shift[block])
+            y[block] = spatial_affine(x[block].float(), mean[block], scale[block], shift[block])
         return y
     if (rows := _rows(x)) is not None:
         return _row_affine(rows, mean, scale, shift).view_as(x)
@@ -67,10 +67,10 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(spread(offset, x), x.to(scale.dtype), spread(scale, x)).to(x.dtype)
 
 
-def sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def spatial_sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σ grad and Σ grad·(x − mean) over the spatial elements."""
     if _in_blocks(x):
-        parts = [sums(grad[block].float(), x[block].float(), mean[block]) for block in _blocks(x)]
+        parts = [spatial_sums(grad[block].float(), x[block].float(), mean[block]) for block in _blocks(x)]
         return torch.cat([plain for plain, _ in parts]), torch.cat([centred for _, centred in parts])
     if (rows := _rows(x)) is not None:
         plain, centred = _batch_norm_sums(grad.contiguous().view_as(rows), rows, mean.reshape(-1))
@@ -99,7 +99,7 @@ def input_gradient(
         offset = torch.addcmul(of_one, mean, of_x, value=-1)
         dx = torch.addcmul(offset.unsqueeze(1), columns, of_x.unsqueeze(1))
         return _from_columns(dx.addcmul_(_as_columns(grad), of_grad.unsqueeze(1)), x)
-    dx = affine(x.to(mean.dtype), mean, of_x, of_one)
+    dx = spatial_affine(x.to(mean.dtype), mean, of_x, of_one)
     return dx.addcmul_(grad.to(mean.dtype), spread(of_grad, x)).to(x.dtype)
 
 
