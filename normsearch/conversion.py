@@ -128,10 +128,10 @@ def _checked(the_plan: Plan, model: nn.Module) -> Plan:
         RefusedError: a method cannot stand at a site.
 
     """
-    rewrites_weights = any(method.needs_producer for _, method in the_plan.changes)
+    dataflow = any(method.needs_dataflow for _, method in the_plan.changes)
     weights = any(site.kind == "weight" for site in the_plan.sites)
     functional = any(site.kind == "functional" for site in the_plan.sites)
-    analysed = analyse(model, None, dataflow=rewrites_weights, weights=weights, functional=functional)
+    analysed = analyse(model, None, dataflow=dataflow, weights=weights, functional=functional)
     found = {site.path: site for site in analysed}
     for site, method in the_plan.changes:
         here = found.get(site.path)
@@ -149,12 +149,26 @@ def _checked(the_plan: Plan, model: nn.Module) -> Plan:
                 )
         if method.needs_producer:
             _check_producer(site, here)
-    refusals = [
-        refusal_at(replace(site, tied=found[site.path].tied), method) for site, method in the_plan.changes
-    ]
+        if method.absorbs(site):
+            _check_activation(site, here)
+    refusals = []
+    for site, method in the_plan.changes:
+        here = found[site.path]
+        refusals.append(refusal_at(replace(site, tied=here.tied, detail=here.detail), method))
     if any(refusals):
         raise RefusedError(tuple(refusal for refusal in refusals if refusal is not None))
     return the_plan
+
+
+def _check_activation(planned: NormSite, here: NormSite) -> None:
+    """Raise a ``PlanError`` if an activation is to be taken out where the model no longer allows it."""
+    if here.followed_by != planned.followed_by:
+        assert planned.followed_by is not None
+        found = "none is known to follow" if here.followed_by is None else here.followed_by.detail
+        raise PlanError(
+            f"the plan lets {planned.path!r} take the place of the activation {planned.followed_by.path!r}, "
+            f"which this model does not allow: {found or 'another one follows'}; make a new plan"
+        )
 
 
 def _check_producer(planned: NormSite, here: NormSite) -> None:

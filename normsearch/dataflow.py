@@ -9,8 +9,9 @@ from typing import Literal
 
 from torch import fx, nn
 
+from normsearch.activations import asks_for_metadata
 from normsearch.observation import Observation
-from normsearch.tracing import WEIGHTED, trace
+from normsearch.tracing import WEIGHTED, Traces
 
 #: Exact types whose output is linear in their weight; a subclass may do anything to it (StdConv2d does).
 _FOLDABLE_TYPES = {
@@ -37,6 +38,8 @@ class Producer:
         groups: its groups.
         transposed: whether it is a transposed convolution.
         aliases: further paths of the same layer.
+        plain: whether its weight is a parameter of its own, which may be computed from others instead; False
+            where it already is, as in a parametrized layer.
 
     """
 
@@ -48,16 +51,21 @@ class Producer:
     groups: int = 1
     transposed: bool = False
     aliases: tuple[str, ...] = ()
+    plain: bool = True
 
 
 def find_producers(
-    model: nn.Module, prefix: str, sites: Mapping[str, nn.Module], observation: Observation
+    model: nn.Module,
+    prefix: str,
+    sites: Mapping[str, nn.Module],
+    observation: Observation,
+    traces: Traces,
 ) -> dict[str, Producer]:
     """Map site paths to producers: by torch.fx where it can trace, else by what a forward pass showed."""
     if not sites:
         return {}
     names = _all_names(model, prefix)
-    found = _found(model, prefix, sites, observation)
+    found = _found(model, prefix, sites, observation, traces)
     return {
         site: replace(producer, aliases=tuple(name for name in names[producer.path] if name != producer.path))
         for site, producer in found.items()
@@ -65,13 +73,17 @@ def find_producers(
 
 
 def _found(
-    model: nn.Module, prefix: str, sites: Mapping[str, nn.Module], observation: Observation
+    model: nn.Module,
+    prefix: str,
+    sites: Mapping[str, nn.Module],
+    observation: Observation,
+    traces: Traces,
 ) -> dict[str, Producer]:
     paths = {id(module): path for path, module in sites.items()}
-    graph = trace(model, list(sites.values()), training=False)
+    graph = traces.evaluating
     if isinstance(graph, str):
         # Good enough to find a weight upstream, not to prove that it may be folded into.
-        usual = trace(model, list(sites.values()), training=False, defaults=True)
+        usual = traces.with_defaults
         if not isinstance(usual, str):
             found = _in_graph(model, usual, paths, prefix, observation)
             why = "the model was traced with its default arguments only"
@@ -83,7 +95,7 @@ def _found(
     found = _in_graph(model, graph, paths, prefix, observation)
     if any(producer.foldable for producer in found.values()):
         # A second reader may show in train mode alone (an auxiliary head does), and folding is for both.
-        training = trace(model, list(sites.values()), training=True)
+        training = traces.training
         safe = {} if isinstance(training, str) else _in_graph(model, training, paths, prefix, observation)
         for site, producer in found.items():
             other = safe.get(site)
@@ -111,7 +123,7 @@ def _in_graph(
         site = paths.get(id(model.get_submodule(node.target)))
         if site is None or site in found:
             continue
-        feed = next(_weighted_before(model, node), None)
+        feed = _feed(model, node)
         if feed is None:
             continue
         layer = model.get_submodule(str(feed.target))
@@ -149,13 +161,28 @@ def _producer(
         foldable=detail is None,
         detail=detail,
         source=source,
+        plain=_is_plain(layer),
         groups=int(getattr(layer, "groups", 1)),
         transposed=bool(getattr(layer, "transposed", False)),
     )
 
 
+def _feed(model: nn.Module, node: fx.Node) -> fx.Node | None:
+    """Return the call of the nearest weighted layer upstream; one with a plain weight if there is any."""
+    first = None
+    for feed in _weighted_before(model, node):
+        if _is_plain(model.get_submodule(str(feed.target))):
+            return feed
+        first = first or feed
+    return first
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return layer._parameters.get("weight") is not None
+
+
 def _weighted_before(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
-    """Walk upstream breadth first and yield calls of weighted layers whose weight is a plain parameter."""
+    """Walk upstream breadth first and yield calls of weighted layers, past those without a plain weight."""
     queue, seen = list(node.all_input_nodes), set()
     while queue:
         here = queue.pop(0)
@@ -164,32 +191,28 @@ def _weighted_before(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
         seen.add(here)
         if here.op == "call_module":
             layer = model.get_submodule(str(here.target))
-            if isinstance(layer, WEIGHTED) and "weight" in layer._parameters:
+            if isinstance(layer, WEIGHTED):
                 yield here
-                continue
+                if _is_plain(layer):
+                    continue
         queue += here.all_input_nodes
 
 
 def _distance(feed: fx.Node, node: fx.Node) -> str | None:
     if node.all_input_nodes != [feed]:
         return "other operations lie between it and the site"
-    readers = [user for user in feed.users if not _asks_for_metadata(user)]
+    readers = [user for user in feed.users if not asks_for_metadata(user)]
     return None if readers == [node] else "its output is read elsewhere too"
-
-
-def _asks_for_metadata(node: fx.Node) -> bool:
-    """Tell whether a node looks at a tensor's shape only, as inlined checks of the input's rank do."""
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("ndim", "shape", "dtype", "device")
-    return node.op == "call_method" and node.target in ("size", "dim")
 
 
 def _obstacle(layer: nn.Module, calls: int, uses: Counter[int]) -> str | None:
     name = type(layer).__name__
-    if _name(layer) not in _FOLDABLE_TYPES:
-        return f"{name} may transform its weight"
     if nn.utils.parametrize.is_parametrized(layer):
         return "it is parametrized"
+    if not _is_plain(layer):
+        return "its weight is computed from other parameters"
+    if _name(layer) not in _FOLDABLE_TYPES:
+        return f"{name} may transform its weight"
     if calls > 1:
         return f"it is called {calls} times per forward pass"
     if any(uses[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from normsearch.activations import Activation
 from normsearch.dataflow import Producer
 from normsearch.errors import PlanError
 from normsearch.sites import NormSite
@@ -57,7 +58,11 @@ def read_plan(text: str | bytes) -> tuple[list[tuple[NormSite, str, tuple[str, .
 
 
 def _known(site: dict[str, Any]) -> dict[str, Any]:
-    for given, known in ((site, NormSite), (site.get("producer") or {}, Producer)):
+    for given, known in (
+        (site, NormSite),
+        (site.get("producer") or {}, Producer),
+        (site.get("followed_by") or {}, Activation),
+    ):
         # Anything else than an object is left to the validation.
         unknown = sorted(set(given if isinstance(given, dict) else ()) - set(known.__dataclass_fields__))
         if unknown:

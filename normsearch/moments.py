@@ -101,7 +101,7 @@ def _has_closed_form(x: Tensor) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and x.is_floating_point()
         and x.numel() > x.shape[0] * x.shape[1] > 0
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
@@ -193,7 +193,8 @@ class _Moments(torch.autograd.Function):
         if torch.is_grad_enabled():
             terms = (spread(part, x) for part in (mean, of_grad, of_x, of_one))
             centre, of_grad, of_x, of_one = terms
-            return (of_grad * grad + of_x * (x - centre) + of_one).to(x.dtype)
+            dx: Tensor = (of_grad * grad + of_x * (x - centre) + of_one).to(x.dtype)
+            return dx
         return input_gradient(grad, x, mean, of_grad, of_x, of_one)
 
 

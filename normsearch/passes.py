@@ -202,4 +202,5 @@ def _column_sums(grad: Tensor, columns: Tensor, mean: Tensor) -> tuple[Tensor, T
 
 def _samples(columns: Tensor) -> tuple[Tensor, ...]:
     """Views (1, C, L, 1) in channels_last, one for each sample of (N, L, C)."""
-    return columns.transpose(1, 2).unsqueeze(3).split(1)
+    samples: tuple[Tensor, ...] = columns.transpose(1, 2).unsqueeze(3).split(1)
+    return samples

@@ -69,7 +69,7 @@ class Explanation:
             {
                 "site": asdict(row.site),
                 "method": None if row.method is None else str(row.method),
-                "exact": None if row.method is None else row.method.exact,
+                "exact": None if row.method is None else row.method.exact_at(row.site),
                 "refusals": [asdict(refusal) for refusal in row.refusals],
                 "notes": row.notes,
             }
@@ -96,7 +96,7 @@ class Plan(Mapping[str, Method]):
         >>> import torch, normsearch
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32))
         >>> dict(normsearch.plan(model, "group"))
-        {'1': Group(groups=2)}
+        {'1': Group(groups=2, weight_standardization=False)}
 
     """
 
@@ -116,7 +116,7 @@ class Plan(Mapping[str, Method]):
     @property
     def exact(self) -> bool:
         """Whether the eval-mode function is kept exactly at every site."""
-        return all(method.exact for method in self.values())
+        return all(self[site.path].exact_at(site) for site in self.sites)
 
     @property
     def batch_independent(self) -> bool:
@@ -183,7 +183,7 @@ def explain(
     refused_wrappers(model)
     if inputs is not None and is_lazy(model):
         model = materialised(model, inputs)
-    dataflow = any(method.needs_producer for methods in patterns.values() for method in methods)
+    dataflow = any(method.needs_dataflow for methods in patterns.values() for method in methods)
     sites = analyse(model, inputs, dataflow=dataflow, weights=weights)
     if not sites:
         raise PlanError(
@@ -227,7 +227,7 @@ def plan(
         >>> import torch, normsearch
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32))
         >>> normsearch.plan(model, {"1": ["instance", "group"]}, inputs=torch.randn(1, 3, 3, 3))["1"]
-        Group(groups=2)
+        Group(groups=2, weight_standardization=False)
 
     """
     explanation = explain(model, to, inputs=inputs, where=where, weights=weights)
@@ -305,9 +305,18 @@ _REMEDY = {
 
 
 def _site_refusal(site: NormSite, method: Method) -> Refusal | None:
-    if site.kind in _REMEDY and (site.kind != "functional" or site.detail is not None):
+    # A functional call that became a layer has no detail, unless that layer's statistics are broken.
+    convertible = site.kind == "functional" and (site.detail is None or site.track_running_stats)
+    if site.kind in _REMEDY and not convertible:
         reason, remedy = _REMEDY[site.kind]
         return method.refuse(site, site.detail or reason, remedy)
+    if site.detail is not None:
+        return method.refuse(
+            site,
+            site.detail,
+            "repair the checkpoint, reset the layer (reset_running_stats()) and train on, or leave it out "
+            "with where=",
+        )
     if site.kind == "weight" and not method.of_weights:
         return method.refuse(
             site,
@@ -338,7 +347,7 @@ def _table(rows: Sequence[Row], notes: Sequence[str]) -> Table:
             escape(row.site.layer.rpartition(".")[2]),
             str(row.site.channels or "?"),
             "refused" if method is None else escape(str(method)),
-            "" if method is None else "exact" if method.exact else "approximate",
+            "" if method is None else "exact" if method.exact_at(row.site) else "approximate",
             escape("\n".join((*row.notes, *said))),
         )
     return table

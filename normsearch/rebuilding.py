@@ -198,6 +198,9 @@ def _write_changes(writer: _Writer, model: nn.Module, plan: Plan | None) -> None
                 "use normsearch.load"
             )
         writer.put(site.path, modules[site.path], fused=site.activation is not None)
+        act = site.followed_by
+        if method.absorbs(site) and act is not None and not act.inside:
+            writer.put(act.path, modules[act.path])
         if method.needs_producer and site.producer is not None and site.producer.path != site.path:
             writer.put_producer(site.producer.path, modules[site.producer.path])
     writer.check_containers(model)

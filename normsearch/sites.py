@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from normsearch.activations import Activation, activation_inside, find_activations
 from normsearch.dataflow import Producer, find_producers, weight_as_site
 from normsearch.errors import ModelError
 from normsearch.forward import copied, unwrapped
@@ -20,7 +21,7 @@ from normsearch.functional import FunctionalCall, find_functional_calls, names_b
 from normsearch.lifting import FunctionalBatchNorm, lifted
 from normsearch.observation import Observation, observe
 from normsearch.reparametrization import out_channels
-from normsearch.tracing import WEIGHTED
+from normsearch.tracing import WEIGHTED, Traces
 
 Kind = Literal[
     "batch", "sync", "frozen", "lazy", "custom", "parametrized", "scripted", "functional", "weight"
@@ -71,8 +72,9 @@ class NormSite:
         producer: the nearest convolution or linear layer upstream.
         aliases: further paths of the same module.
         activation: the activation it carries inside (timm's norm + act layers).
+        followed_by: the activation that its output goes through, that one or the next.
         tied: full names of parameters elsewhere that are the same object as its weight or bias.
-        detail: why a reported site cannot be converted.
+        detail: why a reported site, or one with broken statistics, cannot be converted.
 
     Example:
         >>> import torch, normsearch
@@ -98,6 +100,7 @@ class NormSite:
     producer: Producer | None = None
     aliases: tuple[str, ...] = ()
     activation: str | None = None
+    followed_by: Activation | None = None
     tied: tuple[str, ...] = ()
     detail: str | None = None
 
@@ -158,8 +161,17 @@ def analyse(
     inner, prefix = unwrapped(model)
     calls = find_functional_calls(inner, prefix, modules.values(), observation)
     if (dataflow or weights) and not lazy:
-        producers = find_producers(inner, prefix, modules, observation)
-        sites = [replace(site, producer=producers.get(site.path)) for site in sites]
+        traces = Traces(inner, modules.values())
+        producers = find_producers(inner, prefix, modules, observation, traces)
+        activations = find_activations(inner, prefix, modules, traces)
+        sites = [
+            replace(
+                site,
+                producer=producers.get(site.path),
+                followed_by=site.followed_by or activations.get(site.path),
+            )
+            for site in sites
+        ]
     listed = (*sites, *(_functional_site(call) for call in calls))
     return (*listed, *_weight_sites(model, listed)) if weights else listed
 
@@ -263,7 +275,10 @@ def _site(module: nn.Module, path: str, aliases: tuple[str, ...], tied: tuple[st
         what = f"state of its own ({', '.join(sorted(own))})" if own else "a forward method of its own"
         detail = f"{name} has {what}, whose meaning is not known"
     mean = getattr(module, "running_mean", None)
+    variance, eps = getattr(module, "running_var", None), float(getattr(module, "eps", 1e-5))
     unknown = kind in ("lazy", "scripted")
+    if detail is None and not unknown:
+        detail = broken_statistics(mean, variance, eps)
     activation = module._modules.get("act") if kind != "scripted" and _is_fused(module) else None
     return NormSite(
         path=path,
@@ -272,7 +287,7 @@ def _site(module: nn.Module, path: str, aliases: tuple[str, ...], tied: tuple[st
         if kind == "functional"
         else f"{type(module).__module__}.{name}",
         channels=None if unknown else _channels(module),
-        eps=float(getattr(module, "eps", 1e-5)),
+        eps=eps,
         momentum=getattr(module, "momentum", 0.1) if kind != "frozen" else 0.0,
         affine=any(getattr(module, key, None) is not None for key in ("weight", "bias")),
         bias=getattr(module, "bias", None) is not None,
@@ -281,13 +296,12 @@ def _site(module: nn.Module, path: str, aliases: tuple[str, ...], tied: tuple[st
         if kind == "lazy"
         else None
         if unknown
-        else is_trained(
-            mean, getattr(module, "running_var", None), getattr(module, "num_batches_tracked", None)
-        ),
+        else is_trained(mean, variance, getattr(module, "num_batches_tracked", None)),
         ranks=_ranks(module),
         aliases=aliases,
         tied=tied,
         activation=None if activation is None else type(activation).__name__,
+        followed_by=None if activation is None else activation_inside(module, path),
         detail=detail,
     )
 
@@ -304,6 +318,25 @@ def is_trained(mean: Tensor | None, variance: Tensor | None, batches: Tensor | N
     if batches is not None and int(batches) > 0:
         return True
     return bool((mean != 0).any() or (variance != 1).any())
+
+
+def broken_statistics(mean: Tensor | None, variance: Tensor | None, eps: float) -> str | None:
+    """Say what is wrong with running statistics by which no input can be normalized; None if nothing is."""
+    for name, tensor in (("mean", mean), ("variance", variance)):
+        if tensor is None or tensor.is_meta:
+            continue
+        numbers = tensor.detach().double()
+        bad = ~numbers.isfinite()
+        rule = "not finite"
+        if name == "variance" and not bad.any():
+            bad, rule = numbers + eps <= 0, f"not above -eps = {-eps:g}"
+        if bad.any():
+            channel = int(bad.nonzero()[0])
+            return (
+                f"its running {name} is {rule} in {int(bad.sum())} of {len(bad)} channels "
+                f"({float(numbers[channel]):g} in channel {channel})"
+            )
+    return None
 
 
 def _channels(module: nn.Module) -> int | None:

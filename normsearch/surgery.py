@@ -59,7 +59,12 @@ def replace_layers(
         old = model.get_submodule(site.path)
         trained = TrainedNorm.of(old, site) if site.kind != "weight" else TrainedNorm.absent(site)
         built = method.build(site, trained.reset(keep), _producer(site, method, model, new))
-        new[id(old)] = (old, built.module if site.kind == "weight" else _dressed(site, old, built.module))
+        absorbs = method.absorbs(site)
+        dressed = built.module if site.kind == "weight" else _dressed(site, old, built.module, absorbs)
+        new[id(old)] = (old, dressed)
+        if absorbs and site.followed_by is not None and not site.followed_by.inside:
+            act = model.get_submodule(site.followed_by.path)
+            new[id(act)] = (act, nn.Identity().train(act.training))
         if built.producer is not None and site.producer is not None:
             source = model.get_submodule(site.producer.path)
             new[id(source)] = (source, built.producer)
@@ -76,7 +81,7 @@ def replace_layers(
 def _producer(
     site: NormSite, method: Method, model: nn.Module, new: Mapping[int, tuple[nn.Module, nn.Module]]
 ) -> nn.Module | None:
-    if not method.needs_producer or site.producer is None:
+    if not method.needs_producer or site.producer is None or not site.producer.plain:
         return None
     layer = model.get_submodule(site.producer.path)
     if id(layer) in new:
@@ -84,8 +89,11 @@ def _producer(
     return None if isinstance(layer, Reparametrized) else layer
 
 
-def _dressed(site: NormSite, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give a new layer the old one's training flag, ranks, hooks and what it carried inside."""
+def _dressed(site: NormSite, old: nn.Module, new: nn.Module, absorbs: bool) -> nn.Module:
+    """Give a new layer the old one's training flag, ranks, hooks and what it carried inside.
+
+    ``absorbs`` says that the new layer takes the place of the activation inside too.
+    """
     new.train(old.training)
     if type(new).__module__.startswith("normsearch.methods."):
         # What BatchNorm2d refuses, its successor must not read as (N, C, L).
@@ -94,7 +102,8 @@ def _dressed(site: NormSite, old: nn.Module, new: nn.Module) -> nn.Module:
         # timm's fused layers: norm, then drop, then act; the names keep their state dict entries in place.
         fused = nn.Sequential()
         fused.add_module("norm", new)
-        for name in ("drop", "act"):
+        inside = site.followed_by is not None and site.followed_by.inside
+        for name in ("drop",) if absorbs and inside else ("drop", "act"):
             if name in old._modules:
                 fused.add_module(name, old._modules[name])
         fused.training = old.training

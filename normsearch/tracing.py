@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Collection
+from functools import cached_property
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
@@ -58,6 +59,29 @@ def trace(
             return SiteTracer(leaves, training=training).trace(model, fixed)
         except Exception as error:
             return f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
+
+
+class Traces:
+    """The graphs of one model in both modes, each made once and only if it is asked for."""
+
+    def __init__(self, model: nn.Module, leaves: Collection[nn.Module]) -> None:
+        self._model = model
+        self._leaves = list(leaves)
+
+    @cached_property
+    def evaluating(self) -> fx.Graph | str:
+        """The graph in eval mode, or why there is none."""
+        return trace(self._model, self._leaves, training=False)
+
+    @cached_property
+    def training(self) -> fx.Graph | str:
+        """The graph in train mode, or why there is none."""
+        return trace(self._model, self._leaves, training=True)
+
+    @cached_property
+    def with_defaults(self) -> fx.Graph | str:
+        """The graph in eval mode with the forward's optional arguments at their defaults."""
+        return trace(self._model, self._leaves, training=False, defaults=True)
 
 
 def _default_arguments(model: nn.Module) -> dict[str, object]:

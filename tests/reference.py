@@ -7,6 +7,7 @@ a method means adding its function here; the contract tests fail without it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -131,6 +132,11 @@ def batch_instance(x: Tensor, state: State, eps: float, training: bool) -> Tenso
 
 def switchable(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
     of_mean, of_var = state["mean_logits"].softmax(0), state["var_logits"].softmax(0)
+    return mixed(x, state, eps, training, of_mean, of_var)
+
+
+def mixed(x: Tensor, state: State, eps: float, training: bool, of_mean: Tensor, of_var: Tensor) -> Tensor:
+    """Normalize by weighted statistics of instance, layer and batch."""
 
     def entry(n: int, c: int) -> Tensor:
         parts = [moments(x[n, c]), moments(x[n]), batch_statistics(x, state, c, training)]
@@ -139,6 +145,93 @@ def switchable(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
         return affine(state, c, (x[n, c] - mean) / (variance + eps).sqrt())
 
     return assemble(x, entry)
+
+
+def filter_response(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+    def entry(n: int, c: int) -> Tensor:
+        mean_square = (x[n, c] ** 2).sum() / x[n, c].numel()
+        y = affine(state, c, x[n, c] / (mean_square + eps).sqrt())
+        tau = state.get("tau")
+        return y if tau is None else torch.where(y > tau[c], y, tau[c])
+
+    return assemble(x, entry)
+
+
+def evonorm_s0_of(groups: int) -> Reference:
+    def evonorm_s0(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+        size = x.shape[1] // groups
+
+        def entry(n: int, c: int) -> Tensor:
+            first = c // size * size
+            _, variance = moments(x[n, first : first + size])
+            gate = 1 / (1 + (-state["v"][c] * x[n, c]).exp())
+            return affine(state, c, x[n, c] * gate / (variance + eps).sqrt())
+
+        return assemble(x, entry)
+
+    return evonorm_s0
+
+
+def ghost_of(size: int) -> Reference:
+    def ghost(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+        if not training:
+            return batch(x, state, eps, training)
+        count = math.ceil(len(x) / size)
+        # As equal as can be: 10 samples in chunks of at most 4 are 4, 3 and 3.
+        sizes = [len(x) // count + (i < len(x) % count) for i in range(count)]
+        return torch.cat([batch(chunk, state, eps, training) for chunk in x.split(sizes)])
+
+    return ghost
+
+
+def ibn(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+    def entry(n: int, c: int) -> Tensor:
+        per_instance = c < x.shape[1] // 2
+        mean, variance = moments(x[n, c]) if per_instance else batch_statistics(x, state, c, training)
+        return affine(state, c, (x[n, c] - mean) / (variance + eps).sqrt())
+
+    return assemble(x, entry)
+
+
+def sparsemax(z: Tensor) -> Tensor:
+    """Try every set of survivors; the projection is the one whose numbers are consistent."""
+    for size in range(len(z), 0, -1):
+        threshold = (z.sort(descending=True).values[:size].sum() - 1) / size
+        if all(value > threshold for value in z.sort(descending=True).values[:size]):
+            return torch.stack([value - threshold if value > threshold else value * 0 for value in z])
+    raise AssertionError("one survivor is always consistent")
+
+
+def sparsestmax(z: Tensor, radius: float) -> Tensor:
+    """Out to the circle, and where that leaves the triangle, along the edge to where they cross."""
+    p = sparsemax(z)
+    if radius >= math.sqrt(2 / 3) - 1e-12:
+        return torch.eye(3, dtype=z.dtype)[int(z.argmax())]
+    distance = ((p - 1 / 3) ** 2).sum().sqrt()
+    if distance >= radius:
+        return p
+    if distance < 1e-14:
+        return 1 / 3 + radius / math.sqrt(2 / 3) * (torch.eye(3, dtype=z.dtype)[2] - 1 / 3)
+    p = 1 / 3 + radius * (p - 1 / 3) / distance
+    if p.min() >= 0:
+        return p
+    out = int(p.argmin())
+    first, second = (i for i in range(3) if i != out)
+    more, less = (first, second) if p[first] > p[second] else (second, first)
+    # On this edge q = (½ + t, ½ − t, 0) has distance √(1/6 + 2t²) from the centre.
+    t = math.sqrt((radius**2 - 1 / 6) / 2)
+    q = p * 0
+    q[more], q[less] = 0.5 + t, 0.5 - t
+    return q
+
+
+def sparse_switchable_in(steps: int) -> Reference:
+    def sparse_switchable(x: Tensor, state: State, eps: float, training: bool) -> Tensor:
+        radius = math.sqrt(2 / 3) * min(int(state["sparse_step"]) / steps, 1)
+        of_mean, of_var = (sparsestmax(state[name], radius) for name in ("mean_logits", "var_logits"))
+        return mixed(x, state, eps, training, of_mean, of_var)
+
+    return sparse_switchable
 
 
 #: By the spelling of a method with its options resolved, for the sizes that the contract tests use.
@@ -154,6 +247,12 @@ REFERENCES: Mapping[str, Reference] = {
     "batch_renorm(r_max=1.0, d_max=0.0)": batch_renorm_with(1.0, 0.0),
     "batch_instance": batch_instance,
     "switchable": switchable,
+    "filter_response": filter_response,
+    "evonorm_s0(groups=2)": evonorm_s0_of(2),
+    "ghost": ghost_of(32),
+    "ghost(size=2)": ghost_of(2),
+    "ibn": ibn,
+    "sparse_switchable": sparse_switchable_in(10_000),
 }
 
 
@@ -196,6 +295,17 @@ def spectral_norm(state: State, transposed: bool, groups: int) -> Tensor:
     )
 
 
+def standardized_weight(state: State, transposed: bool, groups: int) -> Tensor:
+    """gain_c (v_c − mean v_c) / std v_c + offset_c, and the offset alone for a constant filter."""
+    v = state["weight_v"]
+    total = torch.zeros_like(v)
+    for c, where in enumerate(filters(v, transposed, groups)):
+        mean, variance = moments(v[where > 0])
+        standard = (v - mean) / variance.sqrt() if variance > 0 else v * 0
+        total = total + (standard * state["weight_gain"][c] + state["weight_offset"][c]) * where
+    return total
+
+
 #: For methods that rewrite the layer before a site: the weight that it uses, from its state.
 WEIGHT_REFERENCES: Mapping[str, Callable[[State, bool, int], Tensor]] = {
     "weight": weight_norm,
@@ -203,4 +313,5 @@ WEIGHT_REFERENCES: Mapping[str, Callable[[State, bool, int], Tensor]] = {
     "spectral": spectral_norm,
     "spectral(gain=fixed)": spectral_norm,
     "identity": lambda state, transposed, groups: state["weight"],
+    "group(groups=2, weight_standardization=true)": standardized_weight,
 }

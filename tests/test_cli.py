@@ -174,7 +174,7 @@ def test_factory_in_the_current_folder(folder: Path) -> None:
 def test_methods() -> None:
     found = output("methods")
     assert [row["method"] for row in found] == list(METHODS)
-    assert next(row for row in found if row["method"] == "group")["options"] == {"groups": None}
+    assert next(row for row in found if row["method"] == "ghost")["options"] == {"size": 32}
     assert all(name in cli("methods").stdout for name in METHODS)
 
 

@@ -19,8 +19,10 @@ torch.set_num_threads(1)
 
 WORLD = 2
 TIMEOUT = 90
-TRAINED = ["batch_renorm", "batch_instance", "switchable", "group"]
-SYNCHRONIZED = ["batch_renorm", "batch_instance", "switchable"]
+#: The second layer sees one value per sample, of which instance norm would leave nothing.
+IBN = "ibn"
+TRAINED = ["batch_renorm", "batch_instance", "switchable", "sparse_switchable", "ghost(size=2)", "group"]
+SYNCHRONIZED = ["batch_renorm", "batch_instance", "switchable", "sparse_switchable", IBN]
 #: How many of the eight samples each process gets: halves, and uneven shares.
 SPLITS = [(4, 4), (2, 6)]
 
@@ -48,7 +50,7 @@ def net(sync: bool) -> nn.Sequential:
 
 def converted(method: str, *, sync: bool) -> nn.Module:
     """The network in train mode, its gates moved off their start so that every part counts."""
-    model = convert(net(sync), method).train()
+    model = convert(net(sync), {"1": method, "4": "batch_instance"} if method == IBN else method).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("rho"):

@@ -74,6 +74,13 @@ def test_rewrite_equals_the_eager_conversion(model: nn.Module, training: bool) -
     assert all(torch.equal(tensor, before[name]) for name, tensor in graph.state_dict().items())
 
 
+class Relu(nn.Module):
+    """An activation that is a call, which no method takes the place of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
 class Functional(nn.Module):
     """BatchNorm written as a function, its tensors kept by the module."""
 
@@ -105,9 +112,7 @@ def test_functional_batch_norm_is_converted_through_its_graph(spelling: str) -> 
     assert isinstance(converted, fx.GraphModule)
     assert not [node for node in converted.graph.nodes if node.target is F.batch_norm]
     # The same network with a layer in place of the call, converted as a module.
-    twin = nn.Sequential(
-        copy.deepcopy(model.conv), nn.BatchNorm2d(4, eps=1e-3).double(), nn.ReLU(), model.after
-    )
+    twin = nn.Sequential(copy.deepcopy(model.conv), nn.BatchNorm2d(4, eps=1e-3).double(), Relu(), model.after)
     twin[1].load_state_dict(
         {
             "weight": model.gamma,

@@ -19,9 +19,14 @@ from normsearch.methods import Method, TrainedNorm
 
 SPELLINGS = tuple(REFERENCES)
 #: Methods that replace the site alone; the others have tests of their own in test_weights.py.
-OF_SITES = [name for name, method in METHODS.items() if not method.needs_producer]
+OF_SITES = list(dict.fromkeys(parse_method(spelling).name for spelling in SPELLINGS))
+#: Not defined where a sample has one element per channel or group.
+NEED_SPACE = ("instance", "filter_response", "ibn", "evonorm_s0(groups=2)")
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-STATISTICS_OF_THE_BATCH = ("batch", "batch_renorm", "batch_instance", "switchable")
+STATISTICS_OF_THE_BATCH = (
+    *("batch", "batch_renorm", "batch_instance", "switchable"),
+    *("ghost", "ibn", "sparse_switchable"),
+)
 
 
 def trained(
@@ -73,12 +78,12 @@ def state_of(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def inputs_for(spelling: str, draw: st.DrawFn) -> Tensor:
-    """An input on which the method is defined: instance norm needs space, batch statistics two values."""
-    ranks = [3, 4, 5] if spelling == "instance" else [2, 3, 4, 5]
+    """An input on which the method is defined: some need space, batch statistics two values."""
+    ranks = [3, 4, 5] if spelling in NEED_SPACE else [2, 3, 4, 5]
     rank = draw(st.sampled_from(ranks))
-    batch = draw(st.integers(2, 3))
+    batch = 4 if spelling == "ghost(size=2)" else draw(st.integers(2, 3))
     channels = draw(st.sampled_from([2, 4, 6]))
-    least = 2 if spelling == "instance" else 1
+    least = 2 if spelling in NEED_SPACE else 1
     spatial = [draw(st.integers(least, 3)) for _ in range(rank - 2)]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     offset = draw(st.sampled_from([0.0, 1.0, -30.0]))
@@ -142,6 +147,8 @@ def test_gradcheck(spelling: str, training: bool) -> None:
 def test_running_statistics_move_as_in_batchnorm(
     spelling: str, momentum: float | None, shape: tuple[int, ...]
 ) -> None:
+    if spelling in NEED_SPACE and len(shape) == 2:
+        pytest.skip("not defined without space")
     old = trained(shape, momentum=momentum).train()
     new = built(spelling, old)
     for seed in range(3):
@@ -174,8 +181,12 @@ def test_untrained_layer_gets_the_methods_own_initialisation(spelling: str) -> N
     new = built(spelling, nn.BatchNorm2d(8))
     assert torch.equal(new.weight, torch.ones(8))
     assert torch.equal(new.bias, torch.zeros(8))
-    if spelling == "switchable":
+    if "switchable" in spelling:
         assert torch.equal(new.mean_logits, torch.zeros(3))
+    if spelling == "sparse_switchable":
+        assert new.sparse_step == 0
+    if spelling == "evonorm_s0":
+        assert torch.equal(new.v, torch.ones(8))
     if spelling == "batch_renorm":
         assert new.renorm_step == 0
     if spelling == "batch_instance":
@@ -233,7 +244,10 @@ def test_explicit_groups_become_a_divisor_and_warn_at_one_channel_each() -> None
     (site,) = find_sites(nn.BatchNorm2d(19))
     method = parse_method("group(groups=32)")
     assert str(method.resolve(site)) == "group(groups=19)"
-    assert "instance normalization" in method.notes(site)[0]
+    assert method.notes(site) == (
+        "32 groups do not divide 19 channels: 19, the next number that does",
+        "one channel per group: this is instance normalization (19 groups)",
+    )
     assert str(parse_method("group(groups=18)").resolve(site)) == "group(groups=1)"
 
 
@@ -312,8 +326,8 @@ def test_autocast_trains_with_single_precision_parameters(spelling: str) -> None
     assert model[0].weight.grad.dtype == torch.float32
 
 
-# frozen and rms have no variance of their own.
-@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s not in ("frozen", "rms")])
+# frozen, rms and filter_response have no variance of their own.
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s not in ("frozen", "rms", "filter_response")])
 def test_variance_survives_a_mean_of_a_thousand_deviations(spelling: str) -> None:
     x = torch.randn(4, 4, 9, 9, generator=torch.Generator().manual_seed(0)) + 1000
     layer = built(spelling, nn.BatchNorm2d(4), x).train()
@@ -383,7 +397,11 @@ def test_differentiates_twice(spelling: str) -> None:
 
 @pytest.mark.parametrize("shape", [(4,), (4, 5, 5), (2, 3, 5, 5), (1, 2, 2, 2, 2, 2)])
 @pytest.mark.parametrize(
-    "spelling", ["rms", "layer(axes=channel)", "frozen", "batch_renorm", "batch_instance", "switchable"]
+    "spelling",
+    [
+        *("rms", "layer(axes=channel)", "frozen", "batch_renorm", "batch_instance", "switchable"),
+        *("filter_response", "evonorm_s0", "ghost", "ibn", "sparse_switchable"),
+    ],
 )
 def test_own_layers_refuse_other_shapes_by_name(spelling: str, shape: tuple[int, ...]) -> None:
     layer = built(spelling, nn.BatchNorm2d(4))
@@ -398,6 +416,10 @@ def test_own_layers_refuse_other_shapes_by_name(spelling: str, shape: tuple[int,
         ("group(8)", "write option=value"),
         ("group(groups=8, groups=4)", "gives groups twice"),
         ("group(groups=0)", "at least 1"),
+        ("evonorm_s0(groups=0)", "at least 1"),
+        ("ghost(size=0)", "at least 1"),
+        ("sparse_switchable(steps=0)", "at least 1"),
+        ("group(weight_standardization=1)", "true or false"),
         ("group(groups=2.5)", "a whole number"),
         ("group(groups=true)", "a whole number"),
         ("group(size=3)", "it has groups"),
@@ -422,7 +444,10 @@ def test_invalid_spellings_say_what_is_wrong(spelling: str, words: str) -> None:
     [
         "group",
         "group(groups=8)",
+        "group(groups=8, weight_standardization=true)",
         "layer(axes=channel)",
+        "ghost(size=8)",
+        "sparse_switchable(steps=100)",
         "switchable(bn_logit=5.0)",
         "batch_renorm(r_max=2.0)",
         "frozen(trainable=true)",

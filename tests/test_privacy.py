@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 INDEPENDENT = sorted(
     {str(method()) for method in METHODS.values() if method.batch_independent}
     | {"layer(axes=channel)", "frozen(trainable=true)", "group(groups=4)"}
+    | {"group(weight_standardization=true)"}
 )
 #: Opacus refuses trainable parameters beside buffers, whatever these hold; strict, so that a change shows.
 OPACUS_TRAINS = [
@@ -110,7 +111,9 @@ def test_per_sample_gradients_equal_those_of_samples_alone(method: str) -> None:
     model = convert(net(), method).train()
     expected = gradients_one_by_one(model)
     norms = {name for name in expected if name.startswith(("1.", "4."))}
-    assert len(norms) == (0 if method in ("frozen", "identity", "weight", "spectral") else 4)
+    # γ and β of both layers; τ or v where a method brings its activation; nothing where it has no layer.
+    each = {"frozen": 0, "identity": 0, "weight": 0, "spectral": 0, "filter_response": 3, "evonorm_s0": 3}
+    assert len(norms) == 2 * each.get(method, 2)
     private = GradSampleModule(model, loss_reduction="sum")
     x, target = batch()
     nn.functional.cross_entropy(private(x), target, reduction="sum").backward()
@@ -160,7 +163,9 @@ def _at(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
     return twin
 
 
-@pytest.mark.parametrize("method", ["batch_renorm", "batch_instance", "switchable"])
+@pytest.mark.parametrize(
+    "method", ["batch_renorm", "batch_instance", "switchable", "ghost", "ibn", "sparse_switchable"]
+)
 def test_methods_that_use_the_batch_do_not_claim_independence(method: str) -> None:
     assert not parse_method(method).batch_independent
     model = convert(net(), method).train()

@@ -23,11 +23,14 @@ from normsearch.rebuilding import LAYERS, SCRIPT, literal, scripts
 SPELLINGS = (
     *METHODS,
     "group(groups=2)",
+    "group(weight_standardization=true)",
     "layer(axes=channel)",
     "weight(mean_only=true)",
     "spectral(gain=fixed)",
     "switchable(bn_logit=40)",
     "batch_renorm(r_max=2, d_max=1)",
+    "ghost(size=4)",
+    "sparse_switchable(steps=9)",
     "frozen(trainable=true)",
 )
 
@@ -402,15 +405,20 @@ def test_layer_changed_afterwards_is_an_error() -> None:
 
 
 def test_layer_file_needs_torch_alone() -> None:
-    from normsearch.methods import batch_instance, batch_renorm, frozen, layer, rms, switchable
+    from normsearch import methods
 
     classes = [
-        batch_instance.BatchInstanceNorm,
-        batch_renorm.BatchRenorm,
-        frozen.FrozenBatchNorm,
-        layer.ChannelLayerNorm,
-        rms.SampleRMSNorm,
-        switchable.SwitchableNorm,
+        methods.BatchInstanceNorm,
+        methods.BatchRenorm,
+        methods.FrozenBatchNorm,
+        methods.ChannelLayerNorm,
+        methods.SampleRMSNorm,
+        methods.SwitchableNorm,
+        methods.FilterResponseNorm,
+        methods.EvoNormS0,
+        methods.GhostBatchNorm,
+        methods.InstanceBatchNorm,
+        methods.SparseSwitchableNorm,
     ]
     text = standalone(classes)
     for node in ast.walk(ast.parse(text)):
@@ -419,7 +427,8 @@ def test_layer_file_needs_torch_alone() -> None:
                 [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             )
             assert all(
-                name.split(".")[0] in {"__future__", "torch", "typing", "collections"} for name in names
+                name.split(".")[0] in {"__future__", "torch", "typing", "collections", "math"}
+                for name in names
             )
     assert "TrainedNorm" not in text
     scope: dict[str, Any] = {"__name__": LAYERS.removesuffix(".py")}

@@ -25,7 +25,7 @@ from zoo import WITHOUT_SITES, ZOO, Entry
 
 import normsearch
 from normsearch import METHODS, NormSite, Plan, ShapeError
-from normsearch.methods import Frozen
+from normsearch.methods import Frozen, Method
 
 SPELLINGS = (
     *METHODS,
@@ -35,12 +35,20 @@ SPELLINGS = (
     "switchable(bn_logit=40)",
     "weight(mean_only=true)",
     "spectral(gain=fixed)",
+    "group(weight_standardization=true)",
 )
 #: Methods that rewrite the layer before; some need it to be able to take BatchNorm's scale over.
 OF_WEIGHTS = ("weight", "weight(mean_only=true)", "spectral", "spectral(gain=fixed)", "identity")
 FOLDING = ("spectral(gain=fixed)", "identity")
+#: Methods that need more than one element per sample and channel, in train mode too.
+OF_SPACE = ("instance", "filter_response", "ibn")
+#: Methods that take the place of these activations, where nothing else reads the site.
+ABSORBED = {"filter_response": {"ReLU"}, "evonorm_s0": {"ReLU", "SiLU", "GELU", "Hardswish"}}
 #: The one that takes longest, and variations of methods that are there already.
-SLOW_SPELLINGS = ("spectral", "spectral(gain=fixed)", "weight(mean_only=true)")
+SLOW_SPELLINGS = (
+    *("spectral", "spectral(gain=fixed)", "weight(mean_only=true)"),
+    *("ghost", "sparse_switchable", "group(weight_standardization=true)"),
+)
 #: γ, β as the model starts with and the statistics of a batch; or γ, β drawn, with γ = 0 and γ < 0 in every
 #: layer, and statistics that are off from a batch's, as another data set's would be.
 Variant = Literal["measured", "drawn"]
@@ -280,7 +288,9 @@ def check_refused(subject: Subject, spelling: str, refused: list[str]) -> None:
         assert {site.path for site in subject.called} <= {site.path for site in fed}
         able = {site.path for site in fed if site.producer.foldable or spelling not in FOLDING}
         assert refused == [site.path for site in subject.sites if site.path not in able]
-    elif spelling == "instance":
+    elif spelling == "group(weight_standardization=true)":
+        assert refused == [site.path for site in subject.sites if site.producer is None]
+    elif spelling in OF_SPACE:
         assert refused == [site.path for site in subject.sites if site.fewest_elements == 1]
         explanation = normsearch.explain(subject.model(), spelling, inputs=subject.inputs)
         assert refused == [refusal.site for refusal in explanation.refusals]
@@ -299,20 +309,35 @@ def check_eval(subject: Subject, converted: nn.Module, the_plan: Plan) -> Tensor
     return outputs
 
 
+def absorbed(site: NormSite, method: Method) -> bool:
+    """Tell whether the method takes the place of the activation that follows."""
+    act = site.followed_by
+    if act is None or not act.removable:
+        return False
+    # EvoNorm needs the layer before to take BatchNorm's shift over.
+    able = method.name != "evonorm_s0" or (site.producer is not None and site.producer.foldable)
+    return able and act.layer.rpartition(".")[2] in ABSORBED.get(method.name, ())
+
+
 def check_kept(subject: Subject, converted: nn.Module, the_plan: Plan) -> None:
     """Compare what conversion must carry over: eps, activations, drops, modes."""
     model = subject.model()
+    taken: Counter[type[nn.Module]] = Counter()
     for site in subject.sites:
         old, new = model.get_submodule(site.path), converted.get_submodule(site.path)
         if the_plan[site.path].name not in OF_WEIGHTS:
             assert norm_at(converted, site).eps == old.eps == site.eps
         if isinstance(old, BatchNormAct2d) and new is not old and not is_batch_norm(new):
-            assert [type(child) for child in new.children()][1:] == [type(old.drop), type(old.act)]
+            act = [] if absorbed(site, the_plan[site.path]) else [type(old.act)]
+            assert [type(child) for child in new.children()][1:] == [type(old.drop), *act]
+        if absorbed(site, the_plan[site.path]):
+            assert site.followed_by is not None
+            taken[type(model.get_submodule(site.followed_by.path))] += 1
     before, after = (
         Counter(type(module) for module in one.modules() if is_activation(module))
         for one in (model, converted)
     )
-    assert before == after
+    assert before - taken == after
     assert not any(module.training for module in converted.modules())
 
 
@@ -451,7 +476,7 @@ def test_converts(subject: Subject, spelling: str) -> None:
         check_exact(subject, the_plan, outputs)
     check_alive(subject, converted["drawn"])
     check_state_dict(subject, converted["measured"], converted["drawn"], the_plan)
-    if spelling == "instance" and subject.entry.single_in_training:
+    if spelling in OF_SPACE and subject.entry.single_in_training:
         # Inputs show eval mode only: what else train mode reaches is checked when it gets there.
         with pytest.raises(ShapeError, match=subject.entry.single_in_training):
             check_training(subject, converted["drawn"], the_plan)

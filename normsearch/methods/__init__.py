@@ -12,16 +12,22 @@ from normsearch.methods.base import Built, Keep, Method, Refusal, TrainedNorm
 from normsearch.methods.batch import Batch
 from normsearch.methods.batch_instance import BatchInstance, BatchInstanceNorm
 from normsearch.methods.batch_renorm import BatchRenorm, BatchRenormalization
+from normsearch.methods.evonorm_s0 import EvoNorm, EvoNormS0
+from normsearch.methods.filter_response import FilterResponse, FilterResponseNorm
 from normsearch.methods.frozen import Frozen, FrozenBatchNorm
+from normsearch.methods.ghost import Ghost, GhostBatchNorm
 from normsearch.methods.group import Group
+from normsearch.methods.ibn import InstanceBatch, InstanceBatchNorm
 from normsearch.methods.identity import Identity
 from normsearch.methods.instance import Instance
 from normsearch.methods.layer import ChannelLayerNorm, Layer
 from normsearch.methods.rms import Rms, SampleRMSNorm
+from normsearch.methods.sparse_switchable import SparseSwitchable, SparseSwitchableNorm
 from normsearch.methods.spectral import Spectral, SpectralNorm
 from normsearch.methods.switchable import Switchable, SwitchableNorm
 from normsearch.methods.upstream import ChannelAffine
 from normsearch.methods.weight import MeanOnlyBatchNorm, Weight, WeightNorm
+from normsearch.methods.weight_standardization import StandardizedWeight
 
 #: Every method by its name.
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
@@ -34,9 +40,14 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             Layer,
             Rms,
             Instance,
+            FilterResponse,
+            EvoNorm,
             BatchRenormalization,
+            Ghost,
+            InstanceBatch,
             BatchInstance,
             Switchable,
+            SparseSwitchable,
             Weight,
             Spectral,
             Identity,
@@ -106,13 +117,19 @@ __all__ = [
     "Built",
     "ChannelAffine",
     "ChannelLayerNorm",
+    "EvoNormS0",
+    "FilterResponseNorm",
     "FrozenBatchNorm",
+    "GhostBatchNorm",
+    "InstanceBatchNorm",
     "Keep",
     "MeanOnlyBatchNorm",
     "Method",
     "Refusal",
     "SampleRMSNorm",
+    "SparseSwitchableNorm",
     "SpectralNorm",
+    "StandardizedWeight",
     "SwitchableNorm",
     "TrainedNorm",
     "WeightNorm",

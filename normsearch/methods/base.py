@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normsearch.errors import MethodError, ShapeError, StateError
-from normsearch.sites import NormSite, is_trained
+from normsearch.sites import NormSite, broken_statistics, is_trained
 
 Keep = Literal["function", "affine", "nothing"]
 
@@ -81,7 +81,8 @@ class TrainedNorm:
         """Read the entries of one layer from a state dict.
 
         Raises:
-            StateError: an entry that the site must have is missing or has another shape.
+            StateError: an entry that the site must have is missing or has another shape, or the statistics
+                are not finite.
 
         """
         state = {name: state_dict.get(f"{prefix}{name}") for name in _STATE_NAMES}
@@ -98,6 +99,12 @@ class TrainedNorm:
                     f"{prefix}{name} has shape {tuple(tensor.shape)}, the plan expects ({site.channels},); "
                     "give a state dict saved from the model that the plan was made for"
                 )
+        broken = broken_statistics(state["running_mean"], state["running_var"], site.eps)
+        if broken is not None:
+            raise StateError(
+                f"{prefix.removesuffix('.') or 'the layer'}: {broken}, by which nothing can be normalized; "
+                "repair the checkpoint"
+            )
         return cls._from(state, site, True, None)
 
     @classmethod
@@ -236,7 +243,7 @@ class Method(ABC):
         title: its name in the literature.
         citation: where it comes from.
         carries_parameters: whether γ and β live on in the new layer, unchanged, so that they may be tied.
-        needs_producer: whether it must know which layer feeds the site.
+        activates: whether it brings an activation, which may take the place of the one that follows.
         of_weights: whether it can stand at a convolution or linear layer without BatchNorm too.
 
     """
@@ -245,7 +252,7 @@ class Method(ABC):
     title: ClassVar[str]
     citation: ClassVar[str]
     carries_parameters: ClassVar[bool] = False
-    needs_producer: ClassVar[bool] = False
+    activates: ClassVar[bool] = False
     of_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -269,6 +276,24 @@ class Method(ABC):
     @abstractmethod
     def batch_independent(self) -> bool:
         """Whether a sample's output never depends on the other samples, in train mode too."""
+
+    @property
+    def needs_producer(self) -> bool:
+        """Whether it must know which layer feeds the site, whose weight it may rewrite."""
+        return False
+
+    @property
+    def needs_dataflow(self) -> bool:
+        """Whether it must know what stands before or after the site."""
+        return self.needs_producer or self.activates
+
+    def exact_at(self, site: NormSite) -> bool:
+        """Whether the eval-mode function is kept exactly at this site."""
+        return self.exact
+
+    def absorbs(self, site: NormSite) -> bool:
+        """Whether it takes the place of the activation that follows the site."""
+        return False
 
     def resolve(self, site: NormSite) -> Method:
         """Return this method with every option that depends on the site filled in."""

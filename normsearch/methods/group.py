@@ -9,7 +9,26 @@ from torch import Tensor, nn
 
 from normsearch.errors import MethodError
 from normsearch.methods.base import Built, ElementGuard, Method, Refusal, TrainedNorm
+from normsearch.methods.upstream import producer_refusal
+from normsearch.methods.weight_standardization import StandardizedWeight
 from normsearch.sites import NormSite
+
+
+def number_of_groups(channels: int, asked: int | None) -> int:
+    """Return the largest divisor of C up to ``asked``; by default up to 32 with at least 16 channels each."""
+    most, least_size = (32, 16) if asked is None else (asked, 1)
+    fitting = [
+        g for g in range(1, min(most, channels) + 1) if channels % g == 0 and channels // g >= least_size
+    ]
+    return max(fitting, default=1)
+
+
+def groups_note(channels: int, asked: int | None) -> tuple[str, ...]:
+    """Say that there will be fewer groups than asked for."""
+    groups = number_of_groups(channels, asked)
+    if asked is None or groups == asked:
+        return ()
+    return (f"{asked} groups do not divide {channels} channels: {groups}, the next number that does",)
 
 
 def group_statistics(old: TrainedNorm, groups: int) -> tuple[Tensor, Tensor]:
@@ -41,6 +60,8 @@ class Group(Method):
     Args:
         groups: number of groups; a number that does not divide C becomes the largest divisor below it.
             By default the largest divisor of C up to 32 that leaves at least 16 channels per group.
+        weight_standardization: standardize the filters of the layer that feeds the site too, the recipe of
+            BiT; gain and offset per filter keep its function.
 
     """
 
@@ -50,6 +71,12 @@ class Group(Method):
     batch_independent = True
 
     groups: int | None = None
+    weight_standardization: bool = False
+
+    @property
+    def needs_producer(self) -> bool:
+        """Whether a weight is standardized."""
+        return self.weight_standardization
 
     def validate(self) -> None:
         """Check the number of groups."""
@@ -66,14 +93,13 @@ class Group(Method):
         return self if site.channels is None else replace(self, groups=self._groups(site.channels))
 
     def _groups(self, channels: int) -> int:
-        most, least_size = (32, 16) if self.groups is None else (self.groups, 1)
-        fitting = [
-            g for g in range(1, min(most, channels) + 1) if channels % g == 0 and channels // g >= least_size
-        ]
-        return max(fitting, default=1)
+        return number_of_groups(channels, self.groups)
 
     def refusal(self, site: NormSite) -> Refusal | None:
-        """Refuse where a group is a single element: the output would be β."""
+        """Refuse where a group is a single element, so that the output would be β, or without a weight."""
+        refusal = producer_refusal(self, site, "group") if self.weight_standardization else None
+        if refusal is not None:
+            return refusal
         if site.channels is None or site.fewest_elements is None:
             return None
         size = site.channels // self._groups(site.channels)
@@ -91,15 +117,20 @@ class Group(Method):
         if site.channels is None:
             return ()
         groups = self._groups(site.channels)
-        found = list(affine_note(site))
+        found = [*affine_note(site), *groups_note(site.channels, self.groups)]
+        if self.weight_standardization and site.producer is not None:
+            found.append(f"standardizes the weight of {site.producer.path}")
         if self.groups is not None and groups == site.channels:
             found.append(f"one channel per group: this is instance normalization ({groups} groups)")
         return tuple(found)
 
     @torch.no_grad()
     def build(self, site: NormSite, old: TrainedNorm, producer: nn.Module | None = None) -> Built:
-        """Return an ``nn.GroupNorm`` with the statistics folded."""
-        return Built(build_group_norm(site, old, self._groups(old.channels), str(self)))
+        """Return an ``nn.GroupNorm`` with the statistics folded, and the producer standardized if asked."""
+        layer = build_group_norm(site, old, self._groups(old.channels), str(self))
+        if producer is None or not self.weight_standardization:
+            return Built(layer)
+        return Built(layer, StandardizedWeight.standardized(producer))
 
 
 def affine_note(site: NormSite) -> tuple[str, ...]:

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
-from normsearch.methods.upstream import foldable, folded_bias, scale_and_shift, upstream_refusal
-from normsearch.reparametrization import per_output, shallow_copy
+from normsearch.methods.upstream import fold_into, foldable, scale_and_shift, upstream_refusal
 from normsearch.sites import NormSite
 
 
@@ -44,10 +43,4 @@ class Identity(Method):
     def build(self, site: NormSite, old: TrainedNorm, producer: nn.Module | None = None) -> Built:
         """Return ``nn.Identity`` and the producer with the eval function in its weight and bias."""
         assert producer is not None
-        scale, shift = scale_and_shift(old)
-        weight = producer.get_parameter("weight")
-        folded = shallow_copy(producer)
-        scaled = (weight.double() * per_output(scale, producer, weight)).to(weight.dtype)
-        folded.register_parameter("weight", nn.Parameter(scaled, requires_grad=weight.requires_grad))
-        folded.register_parameter("bias", folded_bias(producer, old, scale, shift))
-        return Built(nn.Identity(), folded)
+        return Built(nn.Identity(), fold_into(producer, old, *scale_and_shift(old)))

@@ -11,7 +11,6 @@ from normsearch.errors import ShapeError
 from normsearch.methods.base import TrainedNorm
 from normsearch.moments import batch_moments
 
-
 #: Mean and variance per channel of a batch, shape (C,), and the number of its samples.
 Statistics = tuple[Tensor, Tensor, int]
 
@@ -154,11 +153,11 @@ class RunningNorm(nn.Module):
 
     def of_affine(self, scaled: Tensor, shifted: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of γ and β: what is scaled or shifted times its gradient, summed over (N,)."""
-        found = (part if part.dim() == 1 else part.sum(0) for part in (scaled, shifted))
-        return tuple(
-            None if parameter is None else part.to(parameter.dtype)
-            for part, parameter in zip(found, (self.weight, self.bias), strict=True)
+        of_weight, of_bias = (
+            None if parameter is None else (part if part.dim() == 1 else part.sum(0)).to(parameter.dtype)
+            for part, parameter in zip((scaled, shifted), (self.weight, self.bias), strict=True)
         )
+        return of_weight, of_bias
 
     def extra_repr(self) -> str:
         """Print what torch's layers print."""

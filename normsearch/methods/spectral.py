@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
 from normsearch.methods.upstream import (
     affine_at_site,
+    fold_into,
     foldable,
     folded_bias,
     scale_and_shift,
     upstream_notes,
     upstream_refusal,
 )
-from normsearch.reparametrization import Reparametrized, per_output, rows, shallow_copy, smallest
+from normsearch.reparametrization import Reparametrized, per_output, rows, smallest
 from normsearch.sites import NormSite
 
 #: Power iterations when a layer is made; one more per training step keeps up with the weight from there.
@@ -155,11 +156,8 @@ class Spectral(Method):
             normalized.register_parameter("bias", folded_bias(producer, old, scale, shift))
             return Built(nn.Identity(), normalized)
         # Fold first, so that the directions of the outputs stay and only their length changes.
-        folded = shallow_copy(producer)
-        weight = producer.get_parameter("weight")
-        scaled = (weight.double() * per_output(scale, producer, weight)).to(weight.dtype)
-        folded.register_parameter("weight", nn.Parameter(scaled, requires_grad=weight.requires_grad))
-        folded.register_parameter("bias", folded_bias(producer, old, scale, shift))
+        folded = fold_into(producer, old, scale, shift)
         normalized = SpectralNorm.normalized(folded, None, gain=False)
-        normalized.get_parameter("bias").div_(normalized.sigma().clamp_min(smallest(scaled)))
+        sigma = normalized.sigma()
+        normalized.get_parameter("bias").div_(sigma.clamp_min(smallest(sigma)))
         return Built(nn.Identity(), normalized)

@@ -14,6 +14,7 @@ from normsearch.methods.group import affine_note, group_statistics
 from normsearch.methods.mixture import Mixture
 from normsearch.methods.running import RunningNorm, check_input
 from normsearch.moments import normalize
+from normsearch.passes import wide_dtype
 from normsearch.sites import NormSite
 
 #: Order of the logits, as in the authors' code.
@@ -74,8 +75,8 @@ class SwitchableNorm(RunningNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (N, C, *spatial)."""
         check_input(self, x, self.num_features)
-        weights = torch.stack([self.mean_logits, self.var_logits]).softmax(1)
-        y, statistics = normalize(x, Mixture(self, weights))
+        logits = torch.stack([self.mean_logits, self.var_logits]).to(wide_dtype(x.dtype))
+        y, statistics = normalize(x, Mixture(self, logits.softmax(1)))
         if statistics is not None:
             mean, variance, count = statistics
             self.update(mean, variance, count * x.shape[2:].numel())
@@ -88,7 +89,8 @@ class Switchable(Method):
 
     Args:
         bn_logit: where the BatchNorm logits start in a trained network (the others at 0). 3 gives
-            BatchNorm 91 % and learns; 40 and more is exact but its softmax no longer moves.
+            BatchNorm 91 % and learns; 40 and more is exact where there are running statistics, but its
+            softmax no longer moves.
 
     """
 
@@ -109,8 +111,14 @@ class Switchable(Method):
         """Only where the BatchNorm logit leaves nothing to the others."""
         return self.bn_logit >= _EXACT_LOGIT
 
+    def exact_at(self, site: NormSite) -> bool:
+        """Only with running statistics: without, nothing tells a trained layer, and the parts start equal."""
+        return self.exact and site.track_running_stats
+
     def notes(self, site: NormSite) -> tuple[str, ...]:
-        """Say where an affine is added."""
+        """Say where an affine is added, and where BatchNorm does not lead."""
+        if not site.track_running_stats:
+            return ("no running statistics: the three parts start equal, whatever bn_logit is",)
         return affine_note(site)
 
     @torch.no_grad()
@@ -122,16 +130,30 @@ class Switchable(Method):
         layer.take_over(old)
         if old.trained:
             logits = torch.zeros(3, dtype=torch.float64)
-            logits[BATCH] = self.bn_logit
+            logits[BATCH] = self.bn_logit + (_excess(old) if self.exact else 0.0)
             layer.mean_logits.copy_(logits)
             layer.var_logits.copy_(logits)
-            # Instance and batch statistics are both expected at the running ones.
-            share = logits.softmax(0)[LAYER]
-            expected = (
-                (1 - share) * own + share * whole
-                for own, whole in zip(old.statistics(), group_statistics(old, 1), strict=True)
-            )
-            old.fold(layer, *expected)
+            old.fold(layer, *expected_mixture(old, float(logits.softmax(0)[LAYER])))
         for logits_parameter in (layer.mean_logits, layer.var_logits):
             logits_parameter.requires_grad_(old.trainable)
         return Built(layer)
+
+
+def expected_mixture(old: TrainedNorm, share: float) -> tuple[Tensor, Tensor]:
+    """Return the moments to expect where LN weighs ``share`` and IN's and BN's are the running ones."""
+    mean, variance = (
+        (1 - share) * own + share * whole
+        for own, whole in zip(old.statistics(), group_statistics(old, 1), strict=True)
+    )
+    return mean, variance
+
+
+def _excess(old: TrainedNorm) -> float:
+    """Return the logarithm of how far LN's statistics exceed those of the quietest channel.
+
+    Added to the logit, it leaves LN's part as small where channels differ by orders of magnitude.
+    """
+    own, (centre, spread) = old.statistics(), group_statistics(old, 1)
+    variance = own[1] + old.eps
+    ratio = torch.maximum((spread + old.eps) / variance, (centre - own[0]).abs() / variance.sqrt())
+    return float(ratio.max().clamp_min(1).log())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normsearch.methods.base import Method, Refusal, TrainedNorm
 from normsearch.methods.running import check_input, make_affine, reset_affine
+from normsearch.reparametrization import per_output, shallow_copy
 from normsearch.sites import NormSite
 
 
@@ -92,6 +93,16 @@ def upstream_notes(site: NormSite) -> tuple[str, ...]:
     return (f"a scale and a shift per channel stay: {site.producer.path}: {site.producer.detail}",)
 
 
+def fold_into(producer: nn.Module, old: TrainedNorm, scale: Tensor, shift: Tensor) -> nn.Module:
+    """Return the producer with its outputs scaled and shifted per channel: W' = s W, b' = s b + t."""
+    weight = producer.get_parameter("weight")
+    folded: nn.Module = shallow_copy(producer)
+    scaled = (weight.double() * per_output(scale, producer, weight)).to(weight.dtype)
+    folded.register_parameter("weight", nn.Parameter(scaled, requires_grad=weight.requires_grad))
+    folded.register_parameter("bias", folded_bias(producer, old, scale, shift))
+    return folded
+
+
 def upstream_refusal(method: Method, site: NormSite) -> Refusal | None:
     """Refuse a site whose statistics cannot be folded, or without any weight upstream."""
     if site.kind == "weight":
@@ -102,10 +113,21 @@ def upstream_refusal(method: Method, site: NormSite) -> Refusal | None:
             "the layer has no running statistics to fold into a weight",
             "choose group, layer or batch_instance",
         )
+    return producer_refusal(method, site, "frozen")
+
+
+def producer_refusal(method: Method, site: NormSite, instead: str) -> Refusal | None:
+    """Refuse a site that no weight is known to feed, or one that is computed from others already."""
     if site.producer is None:
+        remedy = f"choose {instead}"
+        if site.calls is None:
+            remedy += ", or give inputs=: a forward pass shows what feeds a site that tracing does not reach"
+        return method.refuse(site, "no convolution or linear layer is known to feed it", remedy)
+    if not site.producer.plain:
         return method.refuse(
             site,
-            "no convolution or linear layer is known to feed it",
-            "choose frozen, or give inputs= if there were none" if site.calls is None else "choose frozen",
+            f"{site.producer.path}, which feeds it, has no plain weight: {site.producer.detail}",
+            "remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations), "
+            f"or choose {instead}",
         )
     return None

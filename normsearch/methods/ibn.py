@@ -1,0 +1,135 @@
+"""Instance-batch normalization: half of the channels each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normsearch.errors import ShapeError
+from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
+from normsearch.methods.running import RunningNorm, check_input
+from normsearch.moments import normalize
+from normsearch.sites import NormSite
+
+
+class InstanceBatchNorm(RunningNorm):
+    """Instance normalization of the first ⌊C/2⌋ channels and batch normalization of the others (IBN-a).
+
+    y = γ (x − μ)/√(σ² + eps) + β with the statistics of each sample over space in the first half and those
+    of the batch (in eval the running ones) in the second. Running statistics are kept for all channels.
+
+    Args:
+        num_features: C of an input (N, C, *spatial).
+        eps: added to the variance.
+        momentum: step of the running statistics; None means a cumulative average.
+        affine: whether there are γ and β of shape (C,).
+        track_running_stats: whether eval mode uses running statistics; else the batch's.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Raises:
+        ShapeError: an input with one element per sample and channel.
+
+    Source: Pan et al., 2018, arXiv:1807.09441.
+
+    Example:
+        >>> y = InstanceBatchNorm(5)(torch.randn(4, 5, 6, 6))
+        >>> (y.mean((2, 3)).abs().amax(0) < 1e-6).tolist()
+        [True, True, False, False, False]
+
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (N, C, *spatial)."""
+        check_input(self, x, self.num_features)
+        elements = x.shape[2:].numel()
+        if elements == 1:
+            raise ShapeError(
+                "InstanceBatchNorm needs more than one element per sample and channel, got "
+                f"{tuple(x.shape)}: half of its channels would be constant; use group, layer or "
+                "batch_instance for this site"
+            )
+        y, statistics = normalize(x, self._rule)
+        if statistics is not None:
+            mean, variance, count = statistics
+            self.update(mean, variance, count * elements)
+        return y
+
+    def _rule(
+        self, mean: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
+        half, samples = self.num_features // 2, mean.shape[0]
+        statistics = self.batch_statistics(mean, variance) if self.uses_batch else None
+        of_batch = self.running() if statistics is None else statistics[:2]
+        centre, spread = (
+            torch.cat([own[:, :half], whole[half:].to(own.dtype).expand(samples, -1)], 1)
+            for own, whole in zip((mean, variance), of_batch, strict=True)
+        )
+        scale = self.scaled((spread + self.eps).rsqrt())
+        return scale, self.shifted((mean - centre) * scale), statistics
+
+
+@dataclass(frozen=True)
+class InstanceBatch(Method):
+    """Normalize half of the channels per instance, the others by the batch (IBN-a).
+
+    The paper puts it after the first convolution of each residual block, in all stages but the last.
+    """
+
+    name = "ibn"
+    title = "Instance-Batch Normalization"
+    citation = "Pan et al., 2018, arXiv:1807.09441"
+    batch_independent = False
+    carries_parameters = True
+
+    @property
+    def exact(self) -> bool:
+        """The batch half is; the instance half uses statistics of a sample."""
+        return False
+
+    def refusal(self, site: NormSite) -> Refusal | None:
+        """Refuse where there is no half, or half of the output would be constant."""
+        if site.channels == 1:
+            return self.refuse(site, "a single channel has no half", "choose instance or batch_instance")
+        if site.fewest_elements == 1:
+            return self.refuse(
+                site,
+                "the instance half would be constant on a map of one element",
+                "choose group, layer or batch_instance",
+            )
+        return None
+
+    def notes(self, site: NormSite) -> tuple[str, ...]:
+        """Say how channels are split, and where the shape is not known."""
+        if site.channels is None:
+            return ()
+        half = site.channels // 2
+        found = [f"{half} channels per instance, {site.channels - half} by the batch"]
+        if site.fewest_elements is None:
+            found.append("the input's shape is unknown: checked at run time")
+        return tuple(found)
+
+    @torch.no_grad()
+    def build(self, site: NormSite, old: TrainedNorm, producer: nn.Module | None = None) -> Built:
+        """Return an ``InstanceBatchNorm``; a sample's statistics stand for the running ones, so γ, β stay."""
+        layer = InstanceBatchNorm(
+            old.channels, old.eps, old.momentum, old.has_affine, site.track_running_stats, **old.factory
+        )
+        layer.take_over(old)
+        return Built(layer)
