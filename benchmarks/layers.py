@@ -231,7 +231,7 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# How fast the layers are",
         "",
-        "Written by `python -m benchmarks.layers`; do not edit. Forward and backward of one layer in training:",
+        "Written by `python -m benchmarks.layers`; do not edit. Forward and backward in training:",
         f"torch {versions['torch']}, Python {versions['python']}, {versions['machine']}.",
         "*Straightforward* is the formula as public code writes it (`benchmarks/formulas.py`), *compiled* is",
         "`torch.compile(fullgraph=True)`. Ratios are medians of five turns, with the least and the most;",
@@ -259,9 +259,9 @@ def page(results: dict[str, Any]) -> str:
 WHY = [
     "Where they come from: an eager pass reads x twice forward, and x and dy twice backward; BatchNorm in",
     "channels_last needs no more, so what is left there is the rule: some forty operations on (N, C) numbers,",
-    "of a few microseconds each, which weigh most on the small shape. The gradient of x takes two kernels",
-    "where BatchNorm's takes one: torch has no CPU kernel for a·dy + b·x + c with numbers per row. Contiguous",
-    "compiled passes are bound by memory, while BatchNorm's cost there is arithmetic: their ratio depends on",
+    "of a few microseconds each, which weigh most on the small shape. dx takes two kernels",
+    "where BatchNorm's takes one: torch has no CPU kernel for a·dy + b·x + c with numbers per row.",
+    "Contiguous compiled passes are bound by memory, BatchNorm's there by arithmetic: the ratio depends on",
     "the machine's bandwidth and on what else uses it. ibn and ghost differentiate their rule by autograd.",
 ]
 

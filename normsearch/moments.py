@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from normsearch.passes import (
+    channel_sums,
     input_gradient,
     spatial_affine,
     spatial_moments,
@@ -91,19 +92,22 @@ def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
 
 
 def _has_closed_form(x: Tensor) -> bool:
-    """Whether autograd runs its usual way over ``x``, and there is something to average over.
-
-    Transforms of torch.func, forward mode, tracers and tensor subclasses differentiate or record the
-    operations themselves.
-    """
+    """Whether autograd runs its usual way over ``x``, and there is something to average over."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, nn.Parameter)
+        not _is_differentiated_otherwise(x)
         and x.is_floating_point()
         and x.numel() > x.shape[0] * x.shape[1] > 0
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+    )
+
+
+def _is_differentiated_otherwise(x: Tensor) -> bool:
+    """Whether a compiler, tracer, transform of torch.func or tensor subclass sees the single operations."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -275,6 +279,42 @@ def batch_mean(x: Tensor, *, synchronized: bool = False, process_group: Any = No
     count = torch.tensor([float(x.shape[0])], device=x.device, dtype=mean.dtype)
     total: Tensor = _SumOverProcesses.apply(torch.cat([mean * count, count]), process_group)
     return total[:-1] / total[-1]
+
+
+def subtract_batch_mean(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x − μ_B + β in the dtype of ``x``, and μ_B as ``batch_mean`` gives it, without gradient.
+
+    Args:
+        x: input of shape (N, C, *spatial).
+        bias: β of shape (C,), or None for zero.
+
+    """
+    if not _is_differentiated_otherwise(x):
+        y, mean = _SubtractBatchMean.apply(x, bias)
+        return y, mean
+    mean = batch_mean(x)
+    # One addition of x's size: the shift is made first.
+    shift = -mean if bias is None else bias - mean
+    return x + shift.reshape(-1, *(1 for _ in x.shape[2:])).to(x.dtype), mean.detach()
+
+
+class _SubtractBatchMean(torch.autograd.Function):
+    """``subtract_batch_mean``, with dx = dy − mean dy; it keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.of_bias = None if bias is None else bias.dtype
+        mean = channel_sums(x) / (x.numel() // x.shape[1])
+        ctx.mark_non_differentiable(mean)
+        shift = -mean if bias is None else bias - mean
+        return x + shift.to(x.dtype).reshape(-1, *(1 for _ in x.shape[2:])), mean
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, of_mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        total = channel_sums(grad)
+        each = (total / -(grad.numel() // grad.shape[1])).to(grad.dtype)
+        dx = grad + each.reshape(-1, *(1 for _ in grad.shape[2:]))
+        return dx, None if ctx.of_bias is None else total.to(ctx.of_bias)
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -52,6 +52,14 @@ def spatial_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return kept.flatten(1), (x - kept).square_().mean(spatial)
 
 
+def channel_sums(x: Tensor) -> Tensor:
+    """Return sums per channel over all else, shape (C,)."""
+    if x.dim() > 2 and x.is_contiguous():
+        # Rows first: a sum over the first and the last dimensions at once leaves vectors unused.
+        return x.flatten(2).sum(2, dtype=wide_dtype(x.dtype)).sum(0)
+    return x.sum((0, *range(2, x.dim())), dtype=wide_dtype(x.dtype))
+
+
 def spatial_affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Return (x − mean)·scale + shift in the dtype and memory format of ``x``."""
     if _in_blocks(x):
