@@ -14,7 +14,7 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 
-#: Elements of a block whose temporary copy stays in a core's cache.
+#: Elements of a block whose temporary copy stays in a core's cache; half-precision inputs need several.
 _BLOCK = 2**18
 
 #: From this many elements per sample on, one call per sample pays for itself in channels_last.
@@ -124,7 +124,8 @@ def _blocks(x: Tensor) -> Iterator[slice]:
 
 
 def _block(x: Tensor) -> int:
-    return max(1, _BLOCK * torch.get_num_threads() * x.shape[0] // x.numel())
+    elements = _BLOCK * torch.get_num_threads() // (8 if x.dtype in _HALF else 1)
+    return max(1, elements * x.shape[0] // x.numel())
 
 
 def _rows(x: Tensor) -> Tensor | None:

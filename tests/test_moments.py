@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_nothing_of_the_inputs_size_is_kept_but_the_input(name: str, training: b
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "filter_response"])
 def test_peak_memory_is_that_of_batch_norm(name: str, dtype: torch.dtype, last: bool) -> None:
     layout = torch.channels_last if last else torch.contiguous_format
-    x = torch.randn(16, 32, 64, 64).to(dtype).to(memory_format=layout)
+    x = torch.randn(64, 32, 32, 32).to(dtype).to(memory_format=layout)
     grad = torch.randn_like(x)
 
     def peak(layer: nn.Module) -> int:
@@ -323,7 +324,9 @@ def test_exports_as_plain_operations(name: str, training: bool) -> None:
     x = torch.randn(3, 4, 5, 5)
     program = torch.export.export(copy.deepcopy(layer), (x,), strict=False)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert all(target.startswith("aten.") or "getitem" in target for target in targets), targets
+    # The running statistics move without gradient, which export keeps as a region of its own.
+    usual = ("aten.", "<built-in function getitem>", "wrap_with_set_grad_enabled")
+    assert all(target.startswith(usual) for target in targets), targets
     assert not any("native_" in target for target in targets), targets
     (y,) = (program.module()(x),)
     assert torch.allclose(y, layer(x), rtol=1e-4, atol=1e-5)
@@ -333,11 +336,15 @@ def test_exports_as_plain_operations(name: str, training: bool) -> None:
 def test_torchscript_traces_eval_mode(name: str) -> None:
     layer = make(name, 4).eval()
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
-    with pytest.warns((DeprecationWarning, torch.jit.TracerWarning)):
+    with warnings.catch_warnings():
+        # torch.jit is deprecated, and the input check branches on the shape.
+        warnings.simplefilter("ignore")
         traced = torch.jit.trace(layer, (x,))
     assert torch.allclose(traced(x + 1), layer(x + 1), rtol=1e-10)
 
 
+# torch's own decompositions for forward mode use the deprecated torch.jit.script.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @EVERY
 def test_forward_mode_equals_reverse_mode(name: str) -> None:
     if name == "filter_response":

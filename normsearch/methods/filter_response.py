@@ -35,9 +35,11 @@ class _Threshold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         output, tau = ctx.saved_tensors
-        passed = output > tau
+        # What is clipped is τ itself: the difference is zero there and nowhere else.
+        passed = torch.ops.aten.threshold_backward(grad, output - tau, 0)
         axes = (0, *range(2, grad.dim()))
-        return grad.masked_fill(~passed, 0), grad.masked_fill(passed, 0).sum(axes, keepdim=True)
+        clipped = grad.sum(axes, keepdim=True) - passed.sum(axes, keepdim=True)
+        return passed, clipped
 
 
 class FilterResponseNorm(nn.Module):
