@@ -31,6 +31,8 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.checkpoint_memory
 	$(BIN)/python -m benchmarks.fuzz_admission
+	$(BIN)/python -m benchmarks.layers
+	$(BIN)/python -m benchmarks.training_step
 
 clean:
 	rm -rf .venv demo-output

@@ -1,6 +1,6 @@
 """Forward and backward of every layer beside BatchNorm, GroupNorm and the formula as usually written.
 
-    python -m benchmarks.layers                     everything: about ten minutes, most of it compiling
+    python -m benchmarks.layers                     everything: most of the time is compiling
     python -m benchmarks.layers --modes eager --threads 1
     python -m benchmarks.layers --only-page         write docs/layers.md from the results that are there
 
@@ -258,7 +258,7 @@ def page(results: dict[str, Any]) -> str:
 
 WHY = [
     "Where they come from: an eager pass reads x twice forward, and x and dy twice backward; BatchNorm in",
-    "channels_last needs no more, so what is left there is the rule: some forty operations on (N, C) numbers,",
+    "channels_last needs no more, so there the rule is left: some forty operations on (N, C) numbers,",
     "of a few microseconds each, which weigh most on the small shape. dx takes two kernels",
     "where BatchNorm's takes one: torch has no CPU kernel for a·dy + b·x + c with numbers per row.",
     "Contiguous compiled passes are bound by memory, BatchNorm's there by arithmetic: the ratio depends on",
