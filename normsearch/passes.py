@@ -67,11 +67,14 @@ def spatial_affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Ten
         for block in _blocks(x):
             y[block] = spatial_affine(x[block].float(), mean[block], scale[block], shift[block])
         return y
-    if (rows := _rows(x)) is not None:
-        return _row_affine(rows, mean, scale, shift).view_as(x)
+    if _rows(x) is not None:
+        return _row_affine(x, mean, scale, shift)
     offset = torch.addcmul(shift, mean, scale, value=-1)
     if (columns := _columns(x)) is not None:
-        return _from_columns(torch.addcmul(offset.unsqueeze(1), columns, scale.unsqueeze(1)), x)
+        # Not a view of the result: what follows may change it in place.
+        y = torch.empty_like(x)
+        torch.addcmul(offset.unsqueeze(1), columns, scale.unsqueeze(1), out=_as_columns(y))
+        return y
     return torch.addcmul(spread(offset, x), x.to(scale.dtype), spread(scale, x)).to(x.dtype)
 
 
@@ -100,13 +103,14 @@ def input_gradient(
                 grad[block].float(), x[block].float(), mean[block], of_grad[block], of_x[block], of_one[block]
             )
         return dx
-    if (rows := _rows(x)) is not None:
-        dx = _row_affine(rows, mean, of_x, of_one)
-        return dx.addcmul_(grad.contiguous().view_as(rows), of_grad.reshape(-1, 1)).view_as(x)
-    if (columns := _columns(x)) is not None:
-        offset = torch.addcmul(of_one, mean, of_x, value=-1)
-        dx = torch.addcmul(offset.unsqueeze(1), columns, of_x.unsqueeze(1))
-        return _from_columns(dx.addcmul_(_as_columns(grad), of_grad.unsqueeze(1)), x)
+    if _rows(x) is not None:
+        dx = _row_affine(x, mean, of_x, of_one)
+        dx.view(*mean.shape, -1).addcmul_(grad.reshape(*mean.shape, -1), of_grad.unsqueeze(2))
+        return dx
+    if _columns(x) is not None:
+        dx = spatial_affine(x, mean, of_x, of_one)
+        _as_columns(dx).addcmul_(_as_columns(grad), of_grad.unsqueeze(1))
+        return dx
     dx = spatial_affine(x.to(mean.dtype), mean, of_x, of_one)
     return dx.addcmul_(grad.to(mean.dtype), spread(of_grad, x)).to(x.dtype)
 
@@ -147,10 +151,6 @@ def _as_columns(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().view(x.shape[0], -1, x.shape[1])
 
 
-def _from_columns(columns: Tensor, x: Tensor) -> Tensor:
-    return columns.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-
-
 def _row_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of each row; the kernel of group norm has the fastest ones, its output is not used."""
     parts = []
@@ -164,13 +164,21 @@ def _row_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, inverse.pow(-2)
 
 
-def _row_affine(rows: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Batch norm in eval mode with a variance of one, each row a channel."""
-    flat = mean.reshape(-1)
-    one = torch.ones_like(flat)
-    y: Tensor = torch.native_batch_norm(
-        rows.unsqueeze(0), scale.reshape(-1), shift.reshape(-1), flat, one, False, 0.0, 0.0
-    )[0]
+def _row_affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Batch norm in eval mode with a variance of one, each row of a contiguous input a channel."""
+    y, flat = torch.empty_like(x), mean.reshape(-1)
+    shape, unused = (1, len(flat), -1), flat.new_empty(0)
+    torch.native_batch_norm(
+        x.view(shape),
+        scale.reshape(-1),
+        shift.reshape(-1),
+        flat,
+        torch.ones_like(flat),
+        False,
+        0.0,
+        0.0,
+        out=(y.view(shape), unused, unused),
+    )
     return y
 
 

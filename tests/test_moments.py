@@ -292,6 +292,22 @@ def test_what_needs_no_gradient_gets_none_and_changes_nothing(name: str) -> None
 
 
 @EVERY
+@pytest.mark.parametrize("shape", [(3, 4, 5, 5), (2, 4, 80, 80), (4, 4, 6)])
+def test_the_output_may_be_changed_in_place(name: str, shape: tuple[int, ...]) -> None:
+    layer = make(name, 4).train()
+    for key, x in layouts(shape).items():
+        x = x.requires_grad_()
+        changed, kept = copy.deepcopy(layer), copy.deepcopy(layer)
+        if name == "filter_response":
+            # The threshold keeps its output.
+            changed.tau = kept.tau = None
+        got = torch.autograd.grad(changed(x).relu_().sum(), [x, *changed.parameters()])
+        wanted = torch.autograd.grad(kept(x).relu().sum(), [x, *kept.parameters()])
+        for one, other in zip(got, wanted, strict=True):
+            assert torch.equal(one, other), key
+
+
+@EVERY
 def test_backward_can_run_twice_over_one_graph(name: str) -> None:
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layer = make(name, 4).train()
