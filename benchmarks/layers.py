@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 from rich.console import Console
 from rich.table import Table
@@ -121,11 +122,11 @@ def contenders(shape: tuple[int, ...], layout: str, mode: str) -> Iterator[tuple
     yield "batch", passes(nn.BatchNorm2d(c), x, grad)
     yield "group", passes(nn.GroupNorm(c // 16, c), x, grad)
     if mode == "compiled":
+        torch.compiler.reset()
         for name, layer in (
             ("batch", nn.BatchNorm2d(c)),
             *((name, ours(n, c)) for name, (ours, _) in LAYERS.items()),
         ):
-            torch.compiler.reset()
             layer.compile(fullgraph=True)
             run = passes(layer, x, grad)
             run()
@@ -289,8 +290,9 @@ def main() -> int:
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         }
-        # One compilation serves every number of threads.
+        # One compilation serves every number of threads; all modules share the code that calls them.
         torch._inductor.config.cpp.dynamic_threads = True
+        torch._dynamo.config.recompile_limit = 1000
         for mode in options.modes:
             for shape in (SHAPES[names.index(name)] for name in options.shapes):
                 for layout in FORMATS:

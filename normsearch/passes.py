@@ -153,13 +153,12 @@ def _as_columns(x: Tensor) -> Tensor:
 
 def _row_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of each row; the kernel of group norm has the fastest ones, its output is not used."""
-    parts = []
-    for part in rows.split(_block(rows)):
-        count, elements = part.shape
-        # One group per row. An epsilon of zero: 1/√v is then infinite where v is 0, and its power −2 is 0.
-        parts.append(
-            torch.native_group_norm(part.unsqueeze(0), None, None, 1, count, elements, count, 0.0)[1:]
-        )
+    size, elements = _block(rows), rows.shape[1]
+    # One group per row. An epsilon of zero: 1/√v is then infinite where v is 0, and its power −2 is 0.
+    parts = [
+        torch.native_group_norm(part, None, None, 1, len(part), elements, len(part), 0.0)[1:]
+        for part in ((rows,) if len(rows) <= size else rows.split(size))
+    ]
     mean, inverse = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return mean, inverse.pow(-2)
 

@@ -33,8 +33,8 @@ class Mixture(ClosedRule):
         layer_mean, layer_var = group_moments(mean, variance, 1)
         self.shares = self.weights.to(mean.dtype).flatten().unbind()
         own_m, layer_m, batch_m, own_v, layer_v, batch_v = self.shares
-        mixed_mean = own_m * mean + layer_m * layer_mean + batch_m * batch_mean
-        mixed_var = own_v * variance + layer_v * layer_var + batch_v * batch_var
+        mixed_mean = torch.addcmul(torch.addcmul(batch_m * batch_mean, layer_m, layer_mean), own_m, mean)
+        mixed_var = torch.addcmul(torch.addcmul(batch_v * batch_var, layer_v, layer_var), own_v, variance)
         self.inverse = (mixed_var + layer.eps).rsqrt()
         self.off = mean - mixed_mean
         self.scale = layer.scaled(self.inverse)
