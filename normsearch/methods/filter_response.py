@@ -109,7 +109,11 @@ class FilterResponseNorm(nn.Module):
         if self.tau is None:
             return y
         shape = (1, -1, *(1 for _ in x.shape[2:]))
-        clipped: Tensor = _Threshold.apply(y, self.tau.to(y.dtype).reshape(shape))
+        tau = self.tau.to(y.dtype).reshape(shape)
+        if torch.compiler.is_compiling():
+            # Compilers fuse this with the normalization; a kept output would become a mask, slow to read.
+            return (y - tau).relu() + tau
+        clipped: Tensor = _Threshold.apply(y, tau)
         return clipped
 
     def _rule(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, None]:
