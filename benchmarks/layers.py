@@ -233,7 +233,8 @@ def page(results: dict[str, Any]) -> str:
         "# How fast the layers are",
         "",
         "Written by `python -m benchmarks.layers`; do not edit. Forward and backward in training:",
-        f"torch {versions['torch']}, Python {versions['python']}, {versions['machine']}.",
+        f"torch {versions['torch']}, Python {versions['python']}, {versions['machine']}",
+        f"(load average when last started: {versions['load']}).",
         "*Straightforward* is the formula as public code writes it (`benchmarks/formulas.py`), *compiled* is",
         "`torch.compile(fullgraph=True)`. Ratios are medians of five turns, with the least and the most;",
         "compiled layers are compared with eager BatchNorm too. The benchmark says how it measures.",
@@ -289,6 +290,8 @@ def main() -> int:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            # A busy machine slows what is bound by memory more than what is bound by arithmetic.
+            "load": round(os.getloadavg()[0], 1),
         }
         # One compilation serves every number of threads; all modules share the code that calls them.
         torch._inductor.config.cpp.dynamic_threads = True
