@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 
+from torch import nn
+
 _PACKAGE = "normsearch"
 
 
@@ -113,8 +115,15 @@ def _for_conversion(node: ast.stmt, source: _Source) -> list[ast.FunctionDef]:
         if isinstance(method, ast.FunctionDef)
         for argument in method.args.args
         if isinstance(argument.annotation, ast.Name)
-        and source.imports.get(argument.annotation.id, ("",))[0].startswith(f"{_PACKAGE}.")
+        and _is_of_conversion(*source.imports.get(argument.annotation.id, ("", ""))[:2])
     ]
+
+
+def _is_of_conversion(module: str, name: str) -> bool:
+    """Whether it is one of normsearch's own objects, and no layer."""
+    return module.startswith(f"{_PACKAGE}.") and not issubclass(
+        getattr(importlib.import_module(module), name), nn.Module
+    )
 
 
 def _uses(node: ast.AST, dropped: Sequence[ast.AST]) -> Iterator[str]:

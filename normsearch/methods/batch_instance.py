@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from normsearch.errors import ShapeError
 from normsearch.methods.base import Built, Method, TrainedNorm
-from normsearch.methods.running import RunningNorm, check_input
-from normsearch.moments import normalize
+from normsearch.methods.running import RunningNorm, Statistics, check_input
+from normsearch.moments import ClosedRule, normalize
 from normsearch.sites import NormSite
 
 
@@ -35,8 +35,12 @@ class _ClampInward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate,) = ctx.saved_tensors
-        outward = ((gate >= 1) & (grad < 0)) | ((gate <= 0) & (grad > 0))
-        return grad.masked_fill(outward, 0)
+        return _inward(gate, grad)
+
+
+def _inward(gate: Tensor, grad: Tensor) -> Tensor:
+    outward = ((gate >= 1) & (grad < 0)) | ((gate <= 0) & (grad > 0))
+    return grad.masked_fill(outward, 0)
 
 
 class BatchInstanceNorm(RunningNorm):
@@ -97,22 +101,52 @@ class BatchInstanceNorm(RunningNorm):
                 f"BatchInstanceNorm needs more than one value per channel in training, got {tuple(x.shape)}; "
                 "use a larger batch, or group or layer for this site"
             )
-        y, statistics = normalize(x, self._rule)
+        y, statistics = normalize(x, _Gate(self))
         if statistics is not None:
             mean, variance, count = statistics
             self.update(mean, variance, count * elements)
         return y
 
-    def _rule(
-        self, mean: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
-        statistics = self.batch_statistics(mean, variance) if self.uses_batch else None
-        batch_mean, batch_var = self.running() if statistics is None else statistics[:2]
-        rho: Tensor = _ClampInward.apply(self.rho)
-        of_batch = self.scaled(rho * (batch_var.to(mean.dtype) + self.eps).rsqrt())
-        of_instance = self.scaled((1 - rho) * (variance + self.eps).rsqrt())
-        shift = self.shifted((mean - batch_mean.to(mean.dtype)) * of_batch)
-        return of_batch + of_instance, shift, statistics
+
+class _Gate(ClosedRule):
+    """Scale = γ (ρ/σ_B + (1 − ρ)/σ), shift = (m − μ_B)·γρ/σ_B + β; hands back the batch's statistics."""
+
+    def __init__(self, layer: BatchInstanceNorm) -> None:
+        self.layer = layer
+        self.parameters = (layer.rho, layer.weight, layer.bias)
+        self.closed = layer.uses_own_batch
+
+    def __call__(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Statistics | None]:
+        """Return scale, shift and the batch's statistics."""
+        layer = self.layer
+        statistics = layer.batch_statistics(mean, variance) if layer.uses_batch else None
+        batch_mean, batch_var = layer.running() if statistics is None else statistics[:2]
+        self.rho = _ClampInward.apply(layer.rho)
+        self.off = mean - batch_mean.to(mean.dtype)
+        self.inverses = (batch_var.to(mean.dtype) + layer.eps).rsqrt(), (variance + layer.eps).rsqrt()
+        self.scales = (
+            layer.scaled(self.rho * self.inverses[0]),
+            layer.scaled((1 - self.rho) * self.inverses[1]),
+        )
+        of_batch, of_instance = self.scales
+        return of_batch + of_instance, layer.shifted(self.off * of_batch), statistics
+
+    def gradient(
+        self, of_scale: Tensor, of_shift: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Return the gradients of the moments, ρ, γ and β."""
+        samples = of_shift.shape[0]
+        (of_batch, of_instance), (by_batch, by_instance) = self.scales, self.inverses
+        through = torch.addcmul(of_scale, of_shift, self.off).sum(0)
+        shift = of_shift.sum(0)
+        batch, instance = through * by_batch, (of_scale * by_instance).sum(0)
+        batch_var = through * of_batch * by_batch.square() * (-0.5 / samples)
+        of_mean = torch.addcmul(shift * of_batch / -samples, self.off, batch_var, value=2)
+        of_mean.addcmul_(of_shift, of_instance, value=-1)
+        of_variance = torch.addcmul(batch_var, of_scale * of_instance, by_instance.square(), value=-0.5)
+        of_rho = _inward(self.layer.rho, self.layer.scaled(batch - instance)).to(self.layer.rho.dtype)
+        weighted = torch.lerp(instance, batch, self.rho.to(batch.dtype))
+        return of_mean, of_variance, (of_rho, *self.layer.of_affine(weighted, shift))
 
 
 @dataclass(frozen=True)

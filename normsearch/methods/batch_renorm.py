@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from normsearch.errors import MethodError
 from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
-from normsearch.methods.running import RunningNorm, check_input
-from normsearch.moments import normalize
+from normsearch.methods.running import RunningNorm, Statistics, check_input, held
+from normsearch.moments import ClosedRule, normalize
 from normsearch.sites import NormSite
 
 #: The paper's schedule in steps: both bounds are off until WARM_UP, then grow linearly to their ends.
@@ -82,25 +82,59 @@ class BatchRenorm(RunningNorm):
         if not self.training:
             mean, variance = self.running()
             return nn.functional.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
-        y, (mean, variance, count) = normalize(x, self._rule)
+        y, (mean, variance, count) = normalize(x, _Corrected(self))
         self.update(mean, variance, count * x.shape[2:].numel())
         self.renorm_step.add_(1)
         return y
 
-    def _rule(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int]]:
-        batch_mean, batch_var, count = self.batch_statistics(mean, variance)
-        old_mean, old_var = (part.to(mean.dtype) for part in self.running())
-        r_max, d_max = (bound.to(mean.dtype) for bound in self.bounds())
-        batch_sigma, sigma = (batch_var + self.eps).sqrt(), (old_var + self.eps).sqrt()
-        r = torch.clamp(batch_sigma.detach() / sigma, 1 / r_max, r_max)
-        d = torch.clamp((batch_mean.detach() - old_mean) / sigma, -d_max, d_max)
-        scale = self.scaled(r / batch_sigma)
-        shift = self.shifted((mean - batch_mean) * scale + self.scaled(d))
-        return scale, shift, (batch_mean, batch_var, count)
+    def corrections(self, mean: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return r and d for a batch's mean and √(variance + eps), by the buffers as they are."""
+        old_mean, old_var = (held(part.to(mean.dtype)) for part in self.running())
+        r_max, d_max = (held(bound.to(mean.dtype)) for bound in self.bounds())
+        old_sigma = (old_var + self.eps).sqrt()
+        r = torch.clamp(sigma / old_sigma, 1 / r_max, r_max)
+        return r, torch.clamp((mean - old_mean) / old_sigma, -d_max, d_max)
 
     def extra_repr(self) -> str:
         """Print what torch's layers print, and the bounds."""
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"
+
+
+class _Corrected(ClosedRule):
+    """Scale = γ r/σ_B, shift = (m − μ_B)·scale + γ d + β; hands back the batch's statistics."""
+
+    def __init__(self, layer: BatchRenorm) -> None:
+        self.layer = layer
+        self.parameters = (layer.weight, layer.bias)
+        self.closed = layer.uses_own_batch
+        #: r and d are constants of this pass, made from the buffers as they are before it.
+        self.corrections: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Statistics]:
+        """Return scale, shift and the batch's statistics."""
+        layer = self.layer
+        statistics = layer.batch_statistics(mean, variance)
+        batch_mean, batch_var, _ = statistics
+        sigma = (batch_var + layer.eps).sqrt()
+        if self.corrections is None:
+            self.corrections = layer.corrections(batch_mean.detach(), sigma.detach())
+        r, d = self.corrections
+        self.off, self.sigma = mean - batch_mean, sigma
+        self.scale = layer.scaled(r / sigma)
+        return self.scale, layer.shifted(self.off * self.scale + layer.scaled(d)), statistics
+
+    def gradient(
+        self, of_scale: Tensor, of_shift: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Return the gradients of the moments, γ and β."""
+        assert self.corrections is not None
+        r, d = self.corrections
+        samples = of_shift.shape[0]
+        through = torch.addcmul(of_scale, of_shift, self.off).sum(0)
+        shift = of_shift.sum(0)
+        of_variance = through * self.scale / self.sigma.square() * (-0.5 / samples)
+        of_mean = torch.addcmul(shift * self.scale / -samples, self.off, of_variance, value=2)
+        return of_mean, of_variance, self.layer.of_affine(through * r / self.sigma + shift * d, shift)
 
 
 @dataclass(frozen=True)

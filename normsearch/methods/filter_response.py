@@ -35,9 +35,11 @@ class _Threshold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         output, tau = ctx.saved_tensors
-        passed = output > tau
+        # What is clipped is τ itself: the difference is zero there and nowhere else.
+        passed = torch.ops.aten.threshold_backward(grad, output - tau, 0)
         axes = (0, *range(2, grad.dim()))
-        return grad.masked_fill(~passed, 0), grad.masked_fill(passed, 0).sum(axes, keepdim=True)
+        clipped = grad.sum(axes, keepdim=True) - passed.sum(axes, keepdim=True)
+        return passed, clipped
 
 
 class FilterResponseNorm(nn.Module):
@@ -107,7 +109,11 @@ class FilterResponseNorm(nn.Module):
         if self.tau is None:
             return y
         shape = (1, -1, *(1 for _ in x.shape[2:]))
-        clipped: Tensor = _Threshold.apply(y, self.tau.to(y.dtype).reshape(shape))
+        tau = self.tau.to(y.dtype).reshape(shape)
+        if torch.compiler.is_compiling():
+            # Compilers fuse this with the normalization; a kept output would become a mask, slow to read.
+            return (y - tau).relu() + tau
+        clipped: Tensor = _Threshold.apply(y, tau)
         return clipped
 
     def _rule(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, None]:

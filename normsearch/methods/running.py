@@ -11,6 +11,20 @@ from normsearch.errors import ShapeError
 from normsearch.methods.base import TrainedNorm
 from normsearch.moments import batch_moments
 
+#: Mean and variance per channel of a batch, shape (C,), and the number of its samples.
+Statistics = tuple[Tensor, Tensor, int]
+
+
+def held(value: Tensor) -> Tensor:
+    """Return what a buffer holds, for a forward pass that moves the buffer afterwards.
+
+    torch.compile may read a buffer once more in backward instead of keeping what forward read, and finds it
+    moved (pytorch/pytorch#197039). A cumulative sum over a single element changes nothing and is kept.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return value.unsqueeze(0).cumsum(0).squeeze(0)
+    return value
+
 
 def check_input(layer: nn.Module, x: Tensor, channels: int) -> None:
     """Raise a ``ShapeError`` unless ``x`` is (N, C) or (N, C, *spatial) with the layer's channels."""
@@ -99,7 +113,7 @@ class RunningNorm(nn.Module):
                 own.copy_(value)
         self.synchronized, self.process_group = old.synchronized, old.process_group
 
-    def batch_statistics(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, int]:
+    def batch_statistics(self, mean: Tensor, variance: Tensor) -> Statistics:
         """Moments of the batch per channel and the number of samples, over all processes if synchronized."""
         return batch_moments(mean, variance, synchronized=self.synchronized, process_group=self.process_group)
 
@@ -107,6 +121,11 @@ class RunningNorm(nn.Module):
     def uses_batch(self) -> bool:
         """Whether this forward pass normalizes by the batch: in training, or without running statistics."""
         return self.training or self.running_mean is None
+
+    @property
+    def uses_own_batch(self) -> bool:
+        """Whether it normalizes by what this process alone can see of the batch."""
+        return self.uses_batch and not self.synchronized
 
     def running(self) -> tuple[Tensor, Tensor]:
         """Return the running mean and variance; only where ``uses_batch`` is false or they are tracked."""
@@ -145,6 +164,14 @@ class RunningNorm(nn.Module):
     def shifted(self, shift: Tensor) -> Tensor:
         """Return shift + β."""
         return shift if self.bias is None else shift + self.bias
+
+    def of_affine(self, scaled: Tensor, shifted: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of γ and β: what is scaled or shifted times its gradient, summed over (N,)."""
+        of_weight, of_bias = (
+            None if parameter is None else (part if part.dim() == 1 else part.sum(0)).to(parameter.dtype)
+            for part, parameter in zip((scaled, shifted), (self.weight, self.bias), strict=True)
+        )
+        return of_weight, of_bias
 
     def extra_repr(self) -> str:
         """Print what torch's layers print."""

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from normsearch.errors import MethodError
 from normsearch.methods.base import Built, Method, TrainedNorm
 from normsearch.methods.group import affine_note
-from normsearch.methods.running import RunningNorm, check_input
-from normsearch.methods.switchable import BATCH, LAYER, expected_mixture, mixture_rule
+from normsearch.methods.mixture import Mixture
+from normsearch.methods.running import RunningNorm, check_input, held
+from normsearch.methods.switchable import BATCH, LAYER, expected_mixture
 from normsearch.moments import normalize
+from normsearch.passes import wide_dtype
 from normsearch.sites import NormSite
 
 #: Distance of the triangle's corners, and of the middles of its edges, from its centre (⅓, ⅓, ⅓).
@@ -140,27 +142,21 @@ class SparseSwitchableNorm(RunningNorm):
         """Return the least distance of the mixtures from equal parts at the current step."""
         return CORNER * (self.sparse_step.double() / self.steps).clamp_max(1)
 
-    def mixtures(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return the weights of IN, LN and BN in the mean and in the variance."""
+    def mixtures(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weights of IN, LN and BN in the mean and in the variance, shape (2, 3)."""
         logits = torch.stack([self.mean_logits, self.var_logits]).to(dtype)
-        of_mean, of_var = sparsestmax(logits, self.radius().to(dtype)).unbind()
-        return of_mean, of_var
+        return sparsestmax(logits, held(self.radius().to(dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (N, C, *spatial)."""
         check_input(self, x, self.num_features)
-        y, statistics = normalize(x, self._rule)
+        y, statistics = normalize(x, Mixture(self, self.mixtures(wide_dtype(x.dtype))))
         if statistics is not None:
             mean, variance, count = statistics
             self.update(mean, variance, count * x.shape[2:].numel())
         if self.training:
             self.sparse_step.add_(1)
         return y
-
-    def _rule(
-        self, mean: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
-        return mixture_rule(self, mean, variance, *self.mixtures(mean.dtype))
 
     def extra_repr(self) -> str:
         """Print what torch's layers print, and the schedule."""

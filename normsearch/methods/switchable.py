@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from normsearch.errors import MethodError
 from normsearch.methods.base import Built, Method, TrainedNorm
 from normsearch.methods.group import affine_note, group_statistics
+from normsearch.methods.mixture import Mixture
 from normsearch.methods.running import RunningNorm, check_input
-from normsearch.moments import group_moments, normalize
+from normsearch.moments import normalize
+from normsearch.passes import wide_dtype
 from normsearch.sites import NormSite
 
 #: Order of the logits, as in the authors' code.
@@ -72,50 +74,18 @@ class SwitchableNorm(RunningNorm):
         nn.init.zeros_(self.mean_logits)
         nn.init.zeros_(self.var_logits)
 
-    def mixtures(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return the weights of IN, LN and BN in the mean and in the variance."""
-        return self.mean_logits.to(dtype).softmax(0), self.var_logits.to(dtype).softmax(0)
+    def mixtures(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weights of IN, LN and BN in the mean and in the variance, shape (2, 3)."""
+        return torch.stack([self.mean_logits, self.var_logits]).to(dtype).softmax(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (N, C, *spatial)."""
         check_input(self, x, self.num_features)
-        y, statistics = normalize(x, self._rule)
+        y, statistics = normalize(x, Mixture(self, self.mixtures(wide_dtype(x.dtype))))
         if statistics is not None:
             mean, variance, count = statistics
             self.update(mean, variance, count * x.shape[2:].numel())
         return y
-
-    def _rule(
-        self, mean: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
-        return mixture_rule(self, mean, variance, *self.mixtures(mean.dtype))
-
-
-def mixture_rule(
-    layer: RunningNorm, mean: Tensor, variance: Tensor, of_mean: Tensor, of_var: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
-    """Return the scale and shift that normalize by mixed statistics, and the statistics of the batch.
-
-    y = γ (x − Σ w_k μ_k) / √(Σ w'_k σ²_k + eps) + β.
-
-    Args:
-        layer: γ, β, eps and the running statistics.
-        mean: per-(sample, channel) means, shape (N, C).
-        variance: per-(sample, channel) variances, shape (N, C).
-        of_mean: w, the weights of IN's, LN's and BN's mean.
-        of_var: w', those of their variances.
-
-    """
-    statistics = layer.batch_statistics(mean, variance) if layer.uses_batch else None
-    batch = layer.running() if statistics is None else statistics[:2]
-    mixed_mean, mixed_var = (
-        weights[INSTANCE] * own + weights[LAYER] * whole + weights[BATCH] * of_batch
-        for weights, own, whole, of_batch in zip(
-            (of_mean, of_var), (mean, variance), group_moments(mean, variance, 1), batch, strict=True
-        )
-    )
-    scale = layer.scaled((mixed_var + layer.eps).rsqrt())
-    return scale, layer.shifted((mean - mixed_mean) * scale), statistics
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from normsearch.methods.upstream import (
     upstream_notes,
     upstream_refusal,
 )
-from normsearch.moments import batch_mean
+from normsearch.moments import batch_mean, subtract_batch_mean
 from normsearch.reparametrization import Reparametrized, per_output, rows, smallest
 from normsearch.sites import NormSite
 
@@ -98,6 +98,10 @@ class MeanOnlyBatchNorm(RunningNorm):
         """Centre (N, C, *spatial)."""
         check_input(self, x, self.num_features)
         assert self.running_mean is not None
+        if self.training and not self.synchronized and self.weight is None:
+            y, mean = subtract_batch_mean(x, self.bias)
+            self.update(mean)
+            return y
         mean = self.running_mean
         if self.training:
             mean = batch_mean(x, synchronized=self.synchronized, process_group=self.process_group)
