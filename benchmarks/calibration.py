@@ -53,7 +53,7 @@ EFFORT = {
     "signals": Effort(256, 32, 300),
     "shapes": Effort(256, 16, 100),
     "crepe-tiny": Effort(256, 16, 120),
-    "crepe-full": Effort(64, 8, 16),
+    "crepe-full": Effort(32, 8, 8),
 }
 
 

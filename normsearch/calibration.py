@@ -104,8 +104,10 @@ def calibrate(
     3. distillation of the outputs and of every site's output into the parameters of the new layers;
     4. the same into all parameters.
 
-    The result is the converted model with other numbers; a whitened layer without a bias gains one. It
-    reads the data as they are: with differential privacy, the inputs given here are not accounted for.
+    Both models run in evaluation mode, so that dropout is off and running statistics stay. The result is the
+    converted model with other numbers; a layer that whitens and has no bias gains one. One batch and some six
+    copies of the parameters are in memory, however many batches there are. The inputs are read without any
+    accounting for privacy.
 
     Args:
         converted: what ``convert`` made of ``original``; it is left untouched.

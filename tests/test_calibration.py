@@ -18,6 +18,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from zoo import ZOO, Entry
 
 import normsearch
 from normsearch import (
@@ -408,6 +409,32 @@ def test_detections_are_matched_as_the_caller_says() -> None:
     assert record.error.after < 0.9 * record.error.before
     mean = sum(change.after for change in record.sites.values()) / len(record.sites)
     assert record.error.after == pytest.approx(mean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+def test_every_zoo_model(entry: Entry) -> None:
+    torch.manual_seed(0)
+    original, batches = entry.build(), [entry.inputs(2, seed) for seed in range(2)]
+    with torch.no_grad():
+        # Statistics that are not quite those of the inputs, as trained ones are.
+        for module in original.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+    converted = convert(original.eval(), ["group", "frozen"], inputs=batches[0])
+    before = state(original), state(converted)
+    calibrated = calibrate(converted, original, batches, budget=2, outputs=lambda output: ())
+    record = record_of(calibrated)
+    assert record.error.after <= record.error.before
+    assert any(rung.kept for rung in record.rungs)
+    assert same(before[0], state(original))
+    assert same(before[1], state(converted))
+    assert all(
+        torch.equal(buffer, before[1][name])
+        for name, buffer in calibrated.state_dict().items()
+        if name in dict(calibrated.named_buffers())
+    )
 
 
 def test_layers_called_twice_and_never() -> None:
