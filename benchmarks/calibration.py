@@ -26,6 +26,7 @@ from torch import nn
 
 import normsearch
 from benchmarks.tasks import TASKS, Task
+from normsearch.sensitivities import THRESHOLD
 
 METHODS = (
     "group",
@@ -82,6 +83,21 @@ class Result:
         return self.calibrated / self.original
 
 
+def veto_threshold(drifts: list[float]) -> float:
+    """Return the largest drift of a single site at which all sites up to it together stay below THRESHOLD.
+
+    Drifts of single sites add up as independent errors do, in squares; without this, many sites that are each
+    harmless destroy a network together.
+    """
+    total, largest = 0.0, min(drifts) / 2
+    for drift in sorted(drifts):
+        total += drift**2
+        if total**0.5 > THRESHOLD:
+            break
+        largest = drift
+    return largest
+
+
 def plan_for(task: Task, method: str, inputs: torch.Tensor) -> tuple[normsearch.Plan, list[str]]:
     """Return the plan and the sites that a veto keeps from instance norm, each with why."""
     if method == "instance":
@@ -89,13 +105,14 @@ def plan_for(task: Task, method: str, inputs: torch.Tensor) -> tuple[normsearch.
         return normsearch.plan(task.model, {"*": ["instance", "group"]}, inputs=inputs[:2]), []
     if method == "instance or group":
         found = normsearch.sensitivity(task.model, "instance", [inputs[:32]])
+        threshold = veto_threshold([d["instance"] for d in found.drift.values() if d["instance"] is not None])
         reasons = {refusal.site: refusal.reason for refusal in found.refusals}
         veto = [
             f"{site}: {reasons.get(site) or f'drift {found.drift[site][vetoed]:.2f}'}"
-            for site, methods in found.vetoes().items()
+            for site, methods in found.vetoes(threshold).items()
             for vetoed in methods
         ]
-        to = found.preferring("instance", "group")
+        to = found.preferring("instance", "group", threshold=threshold)
         return normsearch.plan(task.model, to, inputs=inputs[:2]), veto
     return normsearch.plan(task.model, method, inputs=inputs[:2]), []
 
