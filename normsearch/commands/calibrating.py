@@ -149,8 +149,7 @@ def calibrate(
         return
     for rung in record.rungs:
         kept = "kept" if rung.kept else "undone"
-        typer.echo(
-            f"{STEPS.get(rung.name, rung.name)}: held-out error {percent(rung.error)}, {kept}, {rung.seconds:.1f} s"
-        )
+        name = STEPS.get(rung.name, rung.name)
+        typer.echo(f"{name}: held-out error {percent(rung.error)}, {kept}, {rung.seconds:.1f} s")
     typer.echo(f"held-out error {percent(record.error.before)} before, {percent(record.error.after)} after")
     typer.echo(f"wrote {', '.join(map(str, written))}")
