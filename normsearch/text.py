@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: What the steps of calibration that train are called.
+STEPS = {"affine": "distilling into the new layers", "all": "distilling into all parameters"}
+
 
 def visible(text: str) -> str:
     r"""Return a text with what cannot be seen written as an escape: control characters, direction marks.

@@ -41,7 +41,7 @@ from normsearch.commands.running import (
 from normsearch.files import write_text
 from normsearch.rebuilding import script_names
 from normsearch.reporting import document
-from normsearch.text import percent
+from normsearch.text import STEPS, percent
 
 
 class Parameters(StrEnum):
@@ -149,6 +149,7 @@ def calibrate(
         return
     for rung in record.rungs:
         kept = "kept" if rung.kept else "undone"
-        typer.echo(f"{rung.name}: held-out error {percent(rung.error)}, {kept}, {rung.seconds:.1f} s")
+        name = STEPS.get(rung.name, rung.name)
+        typer.echo(f"{name}: held-out error {percent(rung.error)}, {kept}, {rung.seconds:.1f} s")
     typer.echo(f"held-out error {percent(record.error.before)} before, {percent(record.error.after)} after")
     typer.echo(f"wrote {', '.join(map(str, written))}")

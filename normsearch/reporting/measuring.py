@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import datetime
-import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from normsearch.calibration import Calibration, calibration_record
-from normsearch.dependence import BatchDependence, Crop
+from normsearch.dependence import Crop
 from normsearch.forward import evaluating
 from normsearch.measurement import Metric, Outputs, compare, profile
-from normsearch.methods import Refusal, parse_method
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Stage
-from normsearch.reporting import sections
+from normsearch.reporting import parts, sections
 from normsearch.reporting.documents import Document
 from normsearch.reporting.gates import gates_of
-from normsearch.reports import Environment, Report
+from normsearch.reports import Environment
 from normsearch.sensitivities import THRESHOLD, Sensitivity
-from normsearch.site_outputs import SiteDrift, site_drift
+from normsearch.site_outputs import site_drift
 
 _REPEATS = 5
 
@@ -92,10 +88,10 @@ def document(
         if batches is None
         else _measure(original, models, plan, batches, (outputs, logits, crop), on_progress)
     )
-    parts: list[sections.Section | None] = [_summary(original, final, plan, found)]
+    made: list[sections.Section | None] = [parts.summary(original, final, plan, found)]
     if metric is not None:
         scores = [_score(model, metric) for model in (original, *models)]
-        parts.append(
+        made.append(
             sections.Metric(
                 name=metric_name,
                 original=scores[0],
@@ -106,14 +102,15 @@ def document(
     if calibration is None and calibrated is not None:
         calibration = calibration_record(calibrated)
     if calibration is not None:
-        parts.append(_calibration(calibration))
-    parts.append(_layers(plan, found))
+        made.append(parts.calibration(calibration))
+    made.append(parts.layers(plan, found))
     if sensitivity is not None:
-        parts.append(_heat_map(sensitivity, plan, threshold))
-    parts.append(gates_of(final, plan))
+        made.append(parts.heat_map(sensitivity, plan, threshold))
+    made.append(gates_of(final, plan))
     if found is not None:
-        parts += [found.cost, found.dependence]
-    parts.append(_notes(plan, notes, found, () if sensitivity is None else sensitivity.refusals))
+        made += [found.cost, found.dependence]
+    made.append(parts.notes(plan, notes, found, () if sensitivity is None else sensitivity.refusals))
+    # The package imports this module.
     from normsearch import __version__
 
     return Document(
@@ -121,19 +118,8 @@ def document(
         environment=Environment.here(final),
         normsearch=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        sections=tuple(part for part in parts if part is not None),
+        sections=tuple(part for part in made if part is not None),
     )
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What forward passes showed: of the converted, then of the calibrated model."""
-
-    batches: int
-    moved: list[sections.Moved]
-    drifts: list[dict[str, SiteDrift]]
-    cost: sections.Cost
-    dependence: sections.Dependence
 
 
 def _measure(
@@ -143,7 +129,7 @@ def _measure(
     batches: Iterable[Any],
     options: tuple[Outputs | None, bool, Crop | None],
     on_progress: OnProgress | None,
-) -> _Found:
+) -> parts.Found:
     if iter(batches) is batches:
         batches = list(batches)
     outputs, logits, crop = options
@@ -162,15 +148,15 @@ def _measure(
         stage.advance("cost")
     last = reports[-1]
     crops = last.crop_dependence
-    return _Found(
+    return parts.Found(
         counted.batches,
-        [_moved(report) for report in reports],
+        [parts.moved(report) for report in reports],
         drifts,
         sections.Cost(before=profiles[0], after=profiles[1]),
         sections.Dependence(
-            before=_known(last.batch_dependence.before),
-            after=_known(last.batch_dependence.after),
-            crop=None if crops is None else (_finite(crops.before), _finite(crops.after)),
+            before=parts.known(last.batch_dependence.before),
+            after=parts.known(last.batch_dependence.after),
+            crop=None if crops is None else (parts.finite(crops.before), parts.finite(crops.after)),
         ),
     )
 
@@ -192,130 +178,6 @@ class _Counted:
             yield inputs
 
 
-def _summary(original: nn.Module, final: nn.Module, plan: Plan, found: _Found | None) -> sections.Summary:
-    return sections.Summary(
-        sites=len(plan),
-        changed=len(plan.changes),
-        methods=dict(Counter(str(method) for method in plan.values()).most_common()),
-        exact=plan.exact,
-        batch_independent=plan.batch_independent,
-        parameters=(_parameters(original), _parameters(final)),
-        batches=None if found is None else found.batches,
-        converted=None if found is None else found.moved[0],
-        calibrated=None if found is None or len(found.moved) == 1 else found.moved[1],
-    )
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _score(model: nn.Module, metric: Metric) -> float | None:
     with evaluating(model):
-        return _finite(float(metric(model)))
-
-
-def _calibration(done: Calibration) -> sections.CalibrationPart:
-    steps = [
-        sections.CalibrationStep(
-            name=rung.name, error=_finite(rung.error), kept=rung.kept, steps=rung.steps, seconds=rung.seconds
-        )
-        for rung in done.rungs
-    ]
-    whitened = any(rung.kept and rung.name == "whitening" for rung in done.rungs)
-    return sections.CalibrationPart(
-        before=_finite(done.error.before),
-        after=_finite(done.error.after),
-        steps=tuple(steps),
-        whitened=done.whitened if whitened else (),
-        gained_bias=done.gained_bias if whitened else (),
-        batches=done.batches,
-        held_out=done.held_out,
-    )
-
-
-def _layers(plan: Plan, found: _Found | None) -> sections.Layers:
-    changed = {site.path for site, _ in plan.changes}
-    rows = []
-    for row in plan.rows:
-        path = row.site.path
-        drifts = [] if found is None else [drift[path] for drift in found.drifts]
-        rows.append(
-            sections.LayerRow(
-                site=path,
-                layer=row.site.layer.rpartition(".")[2],
-                channels=row.site.channels,
-                method=str(plan[path]),
-                changed=path in changed,
-                exact=plan[path].exact,
-                depth=drifts[0].depth if drifts else None,
-                converted=drifts[0].relative_l2 if drifts else None,
-                calibrated=drifts[1].relative_l2 if len(drifts) > 1 else None,
-                reason=next((drift.reason for drift in drifts if drift.reason is not None), None),
-                notes=row.notes,
-            )
-        )
-    return sections.Layers(rows=tuple(rows))
-
-
-def _heat_map(sensitivity: Sensitivity, plan: Plan, threshold: float) -> sections.HeatMap:
-    vetoes = sensitivity.vetoes(threshold)
-    tried = [parse_method(spelling) for spelling in sensitivity.methods]
-    known = {site.path: site for site in plan.sites}
-    rows = []
-    for path in sensitivity.sites:
-        drifts = [sensitivity.drift[path][spelling] for spelling in sensitivity.methods]
-        refused = {number for number, drift in enumerate(drifts) if drift is None}
-        vetoed = {sensitivity.methods.index(spelling) for spelling in vetoes.get(path, ())}
-        # "group" stands where the plan has group(groups=8), if that is what it becomes there.
-        site = known.get(path)
-        chosen = [] if site is None else [n for n, m in enumerate(tried) if m.resolve(site) == plan[path]]
-        rows.append(
-            sections.HeatRow(
-                site=path,
-                drift=tuple(_finite(drift) for drift in drifts),
-                refused=tuple(sorted(refused)),
-                chosen=next((number for number in chosen if number not in refused), None),
-                vetoed=tuple(sorted(vetoed - refused)),
-            )
-        )
-    return sections.HeatMap(methods=sensitivity.methods, rows=tuple(rows), threshold=threshold)
-
-
-def _notes(
-    plan: Plan, given: Sequence[str], found: _Found | None, refusals: tuple[Refusal, ...]
-) -> sections.Notes | None:
-    notes = [sections.Note(text=text) for text in (*given, *plan.notes)]
-    if found is not None:
-        sides = (("the original", found.dependence.before), ("the new model", found.dependence.after))
-        notes += [
-            sections.Note(text=f"batch dependence of {whose}: {measured.note}")
-            for whose, measured in sides
-            if measured.note is not None
-        ]
-    notes += [sections.Note(text=text, about=row.site.path) for row in plan.rows for text in row.notes]
-    return sections.Notes(notes=tuple(notes), refusals=refusals) if notes or refusals else None
-
-
-def _moved(report: Report) -> sections.Moved:
-    drift = report.drift
-    return sections.Moved(
-        relative_l2=_finite(drift.relative_l2),
-        kl=_finite(drift.kl),
-        top1_agreement=_finite(drift.top1_agreement),
-    )
-
-
-def _known(measured: BatchDependence) -> BatchDependence:
-    """Return it with None for what is no number."""
-    return BatchDependence(
-        _finite(measured.eval_alone),
-        _finite(measured.eval_batches),
-        _finite(measured.train_alone),
-        _finite(measured.train_batches),
-        measured.note,
-    )
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
+        return parts.finite(float(metric(model)))

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from normsearch.reporting import charts, sections
-from normsearch.text import percent, visible
+from normsearch.text import STEPS, percent, visible
 
 if TYPE_CHECKING:
     from normsearch.reporting.documents import Document
@@ -30,7 +30,6 @@ _NAMES = {
     "dependence": "Dependence",
     "notes": "Notes",
 }
-_CALIBRATION = {"affine": "distilling into the new layers", "all": "distilling into all parameters"}
 _MIXED = ("instance", "layer", "batch")
 #: From this number of rows on a table scrolls in a frame of its own.
 _MOST_ROWS = 40
@@ -81,7 +80,7 @@ def _environment() -> Environment:
         "heat_bounds": HEAT,
         "mixed": _MIXED,
         "names": _NAMES,
-        "calibration_steps": _CALIBRATION,
+        "calibration_steps": STEPS,
         "most_rows": _MOST_ROWS,
     }
     return environment
