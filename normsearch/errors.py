@@ -32,6 +32,10 @@ class CheckpointError(NormsearchError):
     """A checkpoint cannot be read, written or rebuilt."""
 
 
+class SearchError(NormsearchError, ValueError):
+    """A search was given something that it cannot search."""
+
+
 class StateError(NormsearchError):
     """A state dict does not belong to the model that a plan was made for."""
 
