@@ -40,6 +40,10 @@ class TrainingError(NormsearchError):
     """Training cannot start or go on."""
 
 
+class SearchError(NormsearchError, ValueError):
+    """A search was given something that it cannot search."""
+
+
 class StateError(NormsearchError):
     """A state dict does not belong to the model that a plan was made for."""
 

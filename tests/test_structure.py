@@ -32,7 +32,7 @@ LAYERS = (
     ("affine_fitting", "distillation"),
     ("calibration",),
     ("graph", "admission", "site_effects", "site_outputs"),
-    ("fitting", "inputs", "reporting"),
+    ("fitting", "inputs", "reporting", "searching"),
     ("checkpoints", "arguments"),
     ("rebuilding", "training_state"),
     ("training",),

@@ -1,0 +1,240 @@
+"""NormSampler: its Gaussian process against slow formulas, and what every study of plans may rely on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normsearch.errors import SearchError
+from normsearch.searching import NormSampler
+from normsearch.searching.surrogate import PlanSurrogate, Space
+
+METHODS = ("batch", "group", "layer", "instance")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def points(seed: int, sites: int = 5, methods: int = 3, count: int = 12) -> tuple[Space, Any, Any]:
+    """Random plans with scores, one site short of a method."""
+    rng = np.random.default_rng(seed)
+    allowed = np.ones((sites, methods), dtype=bool)
+    allowed[0, methods - 1] = False
+    plans = np.stack([rng.integers(0, row.sum(), count) for row in allowed], axis=1)
+    return Space(allowed), plans, rng.normal(size=count)
+
+
+def slow_covariance(space: Space, surrogate: PlanSurrogate, x: Any, y: Any) -> float:
+    """The covariance of two plans, by loops over the formula in the module's docstring."""
+    sites, methods = space.sites, space.methods
+    shared, own, pairs, every, _ = surrogate.variances
+    c = []
+    for site in range(sites):
+        chance = 1 / space.allowed[site].sum()
+        c.append(((x[site] == y[site]) - chance) / (1 - chance))
+    total = shared * sum(
+        ((x[a] == y[b]) - 1 / methods) / sites / (1 - 1 / methods) for a in range(sites) for b in range(sites)
+    )
+    total += own * sum(surrogate.relevance[s] / sites * c[s] for s in range(sites))
+    total += pairs * sum(c[s] * c[s + 1] for s in range(sites - 1)) / (sites - 1)
+    total += every * sum(c[a] * c[b] for a in range(sites) for b in range(a)) / (sites * (sites - 1) / 2)
+    return float(total)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=10, deadline=None)
+def test_predictions_are_those_of_the_formula(seed: int) -> None:
+    space, plans, scores = points(seed)
+    surrogate = PlanSurrogate(space, plans, scores)
+    new = points(seed + 1)[1][:4]
+    gram = np.array([[slow_covariance(space, surrogate, a, b) for b in plans] for a in plans])
+    inverse = np.linalg.inv(gram + surrogate.variances[4] * np.eye(len(plans)))
+    z = (scores - scores.mean()) / scores.std()
+    level = np.ones(len(z)) @ inverse @ z / inverse.sum()
+    mean, deviation = surrogate.predict(new)
+    for plan, m, d in zip(new, mean, deviation, strict=True):
+        k = np.array([slow_covariance(space, surrogate, plan, other) for other in plans])
+        variance = slow_covariance(space, surrogate, plan, plan) - k @ inverse @ k
+        assert m == pytest.approx(
+            scores.mean() + scores.std() * (level + k @ inverse @ (z - level)), abs=1e-9
+        )
+        assert d == pytest.approx(scores.std() * variance**0.5, rel=1e-6)
+
+
+@given(st.integers(0, 10_000), st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_neighbours_are_the_predictions_of_every_change_of_one_site(seed: int, with_prior: bool) -> None:
+    space, plans, scores = points(seed)
+    prior = np.random.default_rng(seed).normal(size=space.allowed.shape) if with_prior else None
+    surrogate = PlanSurrogate(space, plans, scores, prior)
+    plan = points(seed + 1)[1][0]
+    mean, deviation = surrogate.neighbours(plan)
+    for site in range(space.sites):
+        for method in np.flatnonzero(space.allowed[site]):
+            changed = plan.copy()
+            changed[site] = method
+            expected, spread = surrogate.predict(changed[None])
+            assert mean[site, method] == pytest.approx(expected[0], abs=1e-9)
+            assert deviation[site, method] == pytest.approx(spread[0], abs=1e-6)
+
+
+def test_variances_find_what_explains_the_scores() -> None:
+    rng = np.random.default_rng(0)
+    space = Space(np.ones((8, 4), dtype=bool))
+    plans = rng.integers(0, 4, (150, 8))
+    effects = rng.normal(size=(8, 4))
+    effects[4:] = 0
+    scores = effects[np.arange(8), plans].sum(1) + 0.05 * rng.normal(size=150)
+    surrogate = PlanSurrogate(space, plans, scores)
+    assert surrogate.variances[1] > 5 * surrogate.variances[2:4].sum()
+    assert surrogate.variances[4] < 0.05
+    assert surrogate.relevance[:4].min() > surrogate.relevance[4:].max()
+    fresh = rng.integers(0, 4, (200, 8))
+    predicted = surrogate.predict(fresh)[0]
+    assert np.corrcoef(predicted, effects[np.arange(8), fresh].sum(1))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(("sign", "trusted"), [(1.0, True), (-1.0, False)])
+def test_a_prior_is_trusted_as_far_as_scores_confirm_it(sign: float, trusted: bool) -> None:
+    rng = np.random.default_rng(0)
+    space = Space(np.ones((8, 4), dtype=bool))
+    effects, plans = rng.normal(size=(8, 4)), rng.integers(0, 4, (40, 8))
+    scores = effects[np.arange(8), plans].sum(1)
+    slope = PlanSurrogate(space, plans, scores, sign * effects).slope
+    assert slope > 0.5 if trusted else slope == 0
+
+
+# --- studies --------------------------------------------------------------------------------------
+
+
+def objective(trial: optuna.Trial) -> float:
+    plan = [trial.suggest_categorical(f"bn{site}", METHODS) for site in range(6)]
+    return sum(METHODS.index(m) * (site % 3 - 1) for site, m in enumerate(plan)) + 0.5 * (plan[0] == plan[1])
+
+
+def params(study: optuna.Study) -> list[dict[str, Any]]:
+    return [trial.params for trial in study.trials]
+
+
+def run(trials: int, storage: Any = None, objective: Any = objective, **options: Any) -> optuna.Study:
+    study = optuna.create_study(
+        direction=options.pop("direction", "maximize"),
+        sampler=NormSampler(**options),
+        storage=storage,
+        study_name="plans",
+        load_if_exists=True,
+    )
+    study.optimize(objective, n_trials=trials)
+    return study
+
+
+def test_it_finds_the_best_plan_with_few_trials() -> None:
+    # The best is 6.5; one random plan in 256 reaches 6.
+    assert min(run(40, seed=seed).best_value for seed in range(3)) >= 6
+
+
+def test_minimising_mirrors_maximising() -> None:
+    up, down = run(25, seed=3), run(25, seed=3, direction="minimize", objective=lambda t: -objective(t))
+    assert params(up) == params(down)
+
+
+def test_one_seed_gives_one_study_and_another_seed_another() -> None:
+    assert params(run(20, seed=1)) == params(run(20, seed=1))
+    assert params(run(20, seed=1)) != params(run(20, seed=2))
+
+
+def test_a_resumed_study_goes_on_as_it_would_have(tmp_path: Any) -> None:
+    def storage() -> optuna.storages.JournalStorage:
+        backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log"))
+        return optuna.storages.JournalStorage(backend)
+
+    run(13, storage(), seed=5)
+    assert params(run(12, storage(), seed=5)) == params(run(25, seed=5))
+
+
+def test_no_plan_is_proposed_twice_until_all_were() -> None:
+    def small(trial: optuna.Trial) -> float:
+        return float(trial.suggest_categorical("a", [0, 1, 2]) == trial.suggest_categorical("b", [0, 1, 2]))
+
+    plans = [tuple(trial.params.values()) for trial in run(12, objective=small, seed=0).trials]
+    assert len(set(plans[:9])) == 9
+    assert len(plans) == 12
+
+
+def test_running_trials_are_not_proposed_again() -> None:
+    study = run(20, seed=0)
+    waiting = [study.ask() for _ in range(6)]
+    plans = [tuple(trial.suggest_categorical(f"bn{site}", METHODS) for site in range(6)) for trial in waiting]
+    assert len(set(plans)) == 6
+
+
+def test_uniform_plans_come_first() -> None:
+    plans = [tuple(trial.params.values()) for trial in run(4, seed=0).trials]
+    assert plans == [(method,) * 6 for method in METHODS]
+
+
+def test_sites_with_fewer_methods_never_get_others() -> None:
+    def vetoed(trial: optuna.Trial) -> float:
+        plan = [trial.suggest_categorical(f"bn{s}", METHODS[: 2 + s % 3]) for s in range(6)]
+        return float(plan.count("layer"))
+
+    assert run(30, objective=vetoed, seed=0).best_value == 4
+
+
+def test_other_parameters_are_sampled_at_random() -> None:
+    def mixed(trial: optuna.Trial) -> float:
+        rate = trial.suggest_float("rate", 1e-4, 1e-1, log=True)
+        return objective(trial) - abs(np.log10(rate) + 2)
+
+    rates = [trial.params["rate"] for trial in run(20, objective=mixed, seed=0).trials]
+    assert len(set(rates)) == 20
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates)
+
+
+def test_failed_trials_and_infeasible_ones_do_not_lead() -> None:
+    def constrained(trial: optuna.Trial) -> float:
+        value = objective(trial)
+        # What would be best is not allowed.
+        trial.set_constraint("instances", sum(m == "instance" for m in trial.params.values()) - 1.0)
+        if trial.number == 7:
+            raise optuna.TrialPruned
+        return value
+
+    study = run(40, objective=constrained, seed=0)
+    late = study.trials[20:]
+    assert sum(all(v <= 0 for v in trial.constraints.values()) for trial in late) >= len(late) / 2
+
+
+def test_two_objectives_with_a_known_cost() -> None:
+    costs = {f"bn{s}": {m: float(i) for i, m in enumerate(METHODS)} for s in range(6)}
+
+    def both(trial: optuna.Trial) -> tuple[float, float]:
+        value = objective(trial)
+        return value, sum(costs[name][m] for name, m in trial.params.items())
+
+    study = optuna.create_study(
+        directions=["maximize", "minimize"], sampler=NormSampler(seed=0, costs={1: costs})
+    )
+    study.optimize(both, n_trials=40)
+    front = {tuple(trial.values) for trial in study.best_trials}
+    assert max(value for value, _ in front) >= 5
+    assert min(cost for _, cost in front) == 0
+    assert len(front) >= 6
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, True, "x"])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(SearchError, match="seed="):
+        NormSampler(seed=seed)
+
+
+def test_a_prior_holds_finite_numbers() -> None:
+    with pytest.raises(SearchError, match=r"prior\['a'\]\['x'\] = nan"):
+        NormSampler(prior={"a": {"x": float("nan")}})
