@@ -118,7 +118,7 @@ _TIMM_TOLD = """
 botnet26t_256 eca_botnext26ts_256 lambda_resnet26t sebotnet33ts_256 efficientformerv2_s0 efficientvit_m0
 levit_128 levit_128s levit_conv_128s levit_256d coatnet_pico_rw_224 coatnet_bn_0_rw_224 coatnet_nano_cc_224
 maxvit_pico_rw_256 maxvit_tiny_tf_224 test_coatnet test_maxvit mobilevit_xxs mobilevit_s mobilevitv2_050
-repvit_m0_9 swiftformer_xs swiftformer_l1 tiny_vit_5m_224 visformer_tiny vit_small_resnet26d_224 volo_d1_224
+repvit_m0_9 swiftformer_xs swiftformer_l1 visformer_tiny vit_small_resnet26d_224 volo_d1_224
 xcit_nano_12_p16_224
 """
 #: More than 40 million parameters.

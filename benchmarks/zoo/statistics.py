@@ -46,7 +46,9 @@ def _draw_affine(norm: nn.Module) -> None:
     assert isinstance(weight, Tensor)
     assert isinstance(bias, Tensor)
     weight.uniform_(0.5, 1.5)
-    weight[0] = 0
+    # With γ = 0 in its only channel a layer puts out a constant and is right to.
+    if len(weight) > 1:
+        weight[0] = 0
     weight[1::3] *= -1
     bias.normal_(std=0.3)
 
