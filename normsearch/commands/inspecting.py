@@ -66,7 +66,7 @@ def methods(as_json: Json = False) -> None:
     columns = (
         Column("method"),
         Column("function"),
-        Column("batch independent"),
+        Column("batch independent", optional=True),
         Column("options", prose=True),
         Column("source", prose=True, optional=True),
     )
