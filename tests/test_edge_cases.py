@@ -641,7 +641,22 @@ def test_a_scripted_part_is_refused_by_name_and_can_be_left_out() -> None:
     assert converted(images()).shape == (4, 4, 6, 6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        *METHODS,
+        "switchable(bn_logit=40)",
+        "sparse_switchable",
+        "ghost",
+        "ibn",
+        "filter_response",
+        "evonorm_s0",
+        "group(weight_standardization=true)",
+        "weight",
+        "spectral",
+        "identity",
+    ],
+)
 def test_a_model_on_the_meta_device_converts_to_the_same_shapes(method: str) -> None:
     with torch.device("meta"):
         model = net()

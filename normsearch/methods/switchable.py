@@ -161,4 +161,5 @@ def _excess(old: TrainedNorm) -> float:
     own, (centre, spread) = old.statistics(), group_statistics(old, 1)
     variance = own[1] + old.eps
     ratio = torch.maximum((spread + old.eps) / variance, (centre - own[0]).abs() / variance.sqrt())
-    return float(ratio.max().clamp_min(1).log())
+    # On the meta device there are no numbers to compare, and none to keep small.
+    return 0.0 if ratio.is_meta else float(ratio.max().clamp_min(1).log())
