@@ -94,13 +94,13 @@ def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
 def _has_closed_form(x: Tensor) -> bool:
     """Whether autograd runs its usual way over ``x``, and there is something to average over."""
     return (
-        not _is_differentiated_otherwise(x)
+        not is_differentiated_otherwise(x)
         and x.is_floating_point()
         and x.numel() > x.shape[0] * x.shape[1] > 0
     )
 
 
-def _is_differentiated_otherwise(x: Tensor) -> bool:
+def is_differentiated_otherwise(x: Tensor) -> bool:
     """Whether a compiler, tracer, transform of torch.func or tensor subclass sees the single operations."""
     return (
         torch.compiler.is_compiling()
@@ -289,7 +289,7 @@ def subtract_batch_mean(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
         bias: β of shape (C,), or None for zero.
 
     """
-    if not _is_differentiated_otherwise(x):
+    if not is_differentiated_otherwise(x):
         y, mean = _SubtractBatchMean.apply(x, bias)
         return y, mean
     mean = batch_mean(x)

@@ -494,3 +494,33 @@ def test_training_mode_without_a_step_leaves_the_exact_function_alone() -> None:
     for _ in range(3):
         converted(x)
     torch.testing.assert_close(converted.eval()(x), model.eval()(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_weight_norms_closed_gradient_is_autograds(layout: torch.memory_format) -> None:
+    conv = nn.Conv2d(3, 4, 3, dtype=torch.float64).to(memory_format=layout)
+    model = nn.Sequential(conv, nn.BatchNorm2d(4).double())
+    layer = convert(model, "weight")[0]
+    with torch.no_grad():
+        layer.weight_g.copy_(torch.tensor([1.5, -0.7, 0.0, 2.0]))
+        layer.weight_v[3] = 0
+    direction = torch.randn(4, 3, 3, 3, dtype=torch.float64).to(memory_format=layout)
+    got = torch.autograd.grad((layer.weight * direction).sum(), (layer.weight_v, layer.weight_g))
+    norm = layer.weight_v.square().sum((1, 2, 3)).clamp_min(1e-300).sqrt()
+    slow = layer.weight_v * (layer.weight_g / norm).reshape(-1, 1, 1, 1)
+    wanted = torch.autograd.grad((slow * direction).sum(), (layer.weight_v, layer.weight_g))
+    torch.testing.assert_close(got[0][:3], wanted[0][:3], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-12, atol=1e-14)
+    assert all(part.isfinite().all() for part in got)
+
+
+def test_weight_norm_has_second_derivatives() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().eval()
+    layer = convert(model, "weight", inputs=torch.randn(5, 4, dtype=torch.float64))[0]
+
+    def weight(v: Tensor, g: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight_v": v, "weight_g": g}, (torch.eye(4).double(),))
+
+    v, g = (part.detach().clone().requires_grad_() for part in (layer.weight_v, layer.weight_g))
+    assert torch.autograd.gradcheck(weight, (v, g))
+    assert torch.autograd.gradgradcheck(weight, (v, g))

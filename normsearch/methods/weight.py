@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from normsearch.forward import evaluating, try_call
 from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
@@ -21,9 +22,44 @@ from normsearch.methods.upstream import (
     upstream_notes,
     upstream_refusal,
 )
-from normsearch.moments import batch_mean, subtract_batch_mean
+from normsearch.moments import batch_mean, is_differentiated_otherwise, subtract_batch_mean
 from normsearch.reparametrization import Reparametrized, per_output, rows, smallest
 from normsearch.sites import NormSite
+
+
+def _norms(matrix: Tensor) -> Tensor:
+    """Return the length of each row, never zero."""
+    # vector_norm has no gradient at zero; the square root of a clamped sum has.
+    return matrix.square().sum(1).clamp_min(smallest(matrix) ** 2).sqrt()
+
+
+class _ScaledDirections(torch.autograd.Function):
+    """g v / ‖v‖ for each slice v of the first dimension, keeping v and g alone.
+
+    With s = Σ dw·v: dg = s / ‖v‖ and dv = (g / ‖v‖) (dw − v s / ‖v‖²): two passes over the weight where
+    autograd's way takes five, which is what a layer with few outputs spends its time on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(v, g)
+        norm = torch.linalg.vector_norm(v.flatten(1), dim=1).clamp_min_(smallest(v))
+        weight: Tensor = v * (g / norm).reshape(-1, *(1 for _ in v.shape[1:]))
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        v, g = ctx.saved_tensors
+        flat_grad, flat = grad.flatten(1), v.flatten(1)
+        if torch.is_grad_enabled():
+            norm, along = _norms(flat), (flat_grad * flat).sum(1)
+        else:
+            norm = torch.linalg.vector_norm(flat, dim=1).clamp_min_(smallest(v))
+            # A product of matrices: the sums without the products in memory.
+            along = torch.bmm(flat_grad.unsqueeze(1), flat.unsqueeze(2)).reshape(-1)
+        scale, of_g = (g / norm).unsqueeze(1), along / norm
+        dv = torch.addcmul(flat_grad * scale, flat, scale * (of_g / norm).unsqueeze(1), value=-1)
+        return dv.view_as(v), of_g
 
 
 class WeightNorm(Reparametrized):
@@ -43,9 +79,10 @@ class WeightNorm(Reparametrized):
     def weight(self) -> Tensor:
         """G v / ‖v‖."""
         v = self.weight_v
-        # vector_norm has no gradient at zero; the square root of a clamped sum has.
-        norm = rows(v, self).square().sum(1).clamp_min(smallest(v) ** 2).sqrt()
-        return v * per_output(self.weight_g / norm, self, v)
+        if not (isinstance(self, _ConvTransposeNd) or is_differentiated_otherwise(v)):
+            weight: Tensor = _ScaledDirections.apply(v, self.weight_g)
+            return weight
+        return v * per_output(self.weight_g / _norms(rows(v, self)), self, v)
 
     @classmethod
     def normalized(cls, layer: nn.Module, scale: Tensor | None = None) -> WeightNorm:
