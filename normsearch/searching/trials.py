@@ -1,0 +1,267 @@
+"""Trials: the loop of one worker, alone or beside others on the same study."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import StorageInternalError, TrialPruned, UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from normsearch.errors import SearchError
+from normsearch.searching.leases import ERROR, HeldLease, Leases, LeaseTerms, persistently
+
+#: The system attribute of trials that two workers made where one was left; they do not count.
+_SURPLUS = "normsearch:surplus"
+#: So many first trials that fail in the same way are no accident.
+_SAME_FAILURES = 3
+_LONGEST_ERROR = 1000
+#: Seconds between two looks at a study whose last trials others are running.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.25
+
+
+def run_trials(
+    study: Study,
+    evaluate: Callable[[Trial], float | Sequence[float]],
+    *,
+    n_trials: int,
+    distributions: Mapping[str, BaseDistribution],
+    on_trial: Callable[[FrozenTrial], None] | None = None,
+    terms: LeaseTerms | None = None,
+) -> None:
+    """Run trials until a study has ``n_trials`` that are finished: complete, pruned or failed.
+
+    Any number of processes may do so on one study: together they finish exactly ``n_trials``, those that are
+    in it already and those that wait in it included. A trial runs at least once and is counted once: one
+    whose process is killed is run again by another, with the same parameters (see
+    ``normsearch.searching.leases``), and one that is interrupted (KeyboardInterrupt, SystemExit) waits until
+    somebody goes on. So what ``evaluate`` does beside returning a value must bear being repeated.
+
+    A trial whose evaluation raises, or whose values are not finite numbers, fails with the reason in its user
+    attribute ``error``, and the loop goes on. One process makes the same trials with and without an
+    interruption, if its sampler depends on nothing but its seed and the study, as ``NormSampler`` does.
+
+    Args:
+        study: an Optuna study.
+        evaluate: returns a trial's value, or as many as the study has directions.
+        n_trials: how many the study shall have in the end.
+        distributions: what is suggested before each evaluation.
+        on_trial: called with each trial that this process has finished.
+        terms: when a process counts as gone; all processes of a study should have the same.
+
+    Raises:
+        SearchError: ``n_trials`` is no positive number, or the first three evaluations fail in the same way.
+
+    Example:
+        >>> import optuna
+        >>> from optuna.distributions import CategoricalDistribution
+        >>> from normsearch.searching import NormSampler, run_trials
+        >>> study = optuna.create_study(sampler=NormSampler())
+        >>> methods = CategoricalDistribution(["batch", "group"])
+        >>> run_trials(
+        ...     study,
+        ...     lambda trial: float(trial.params["bn1"] == "batch"),
+        ...     n_trials=3,
+        ...     distributions={"bn1": methods},
+        ... )
+        >>> len(study.trials), study.best_params
+        (3, {'bn1': 'group'})
+
+    """
+    if not isinstance(n_trials, int) or isinstance(n_trials, bool) or n_trials < 1:
+        raise SearchError(f"n_trials={n_trials!r}: give a whole number, at least 1")
+    worker = _Worker(study, n_trials, dict(distributions), terms or LeaseTerms())
+    failures = _Failures()
+    while (trial_id := worker.next()) is not None:
+        outcome = worker.run(trial_id, evaluate)
+        if outcome is None:
+            continue
+        if on_trial is not None:
+            on_trial(deepcopy(study._storage.get_trial(trial_id)))
+        failures.add(outcome)
+
+
+def counted_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that count, by number: all but those that two workers made where one was left."""
+    return sorted((t for t in trials if _SURPLUS not in t.system_attrs), key=lambda trial: trial.number)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of an evaluation."""
+
+    state: TrialState
+    values: list[float] | None = None
+    error: str = ""
+    cause: Exception | None = None
+
+
+@dataclass
+class _Failures:
+    """The first outcomes, as long as they are the same failure."""
+
+    same: list[str] | None = field(default_factory=list)
+
+    def add(self, outcome: _Outcome) -> None:
+        if self.same is None:
+            return
+        if outcome.state != TrialState.FAIL or (self.same and self.same[0] != outcome.error):
+            self.same = None
+            return
+        self.same.append(outcome.error)
+        if len(self.same) == _SAME_FAILURES:
+            raise SearchError(
+                f"the first {_SAME_FAILURES} trials all failed: {outcome.error}; mend the objective, then "
+                "start again"
+            ) from outcome.cause
+
+
+class _Worker:
+    """One process's part in a study."""
+
+    def __init__(
+        self, study: Study, n_trials: int, distributions: dict[str, BaseDistribution], terms: LeaseTerms
+    ) -> None:
+        self._study, self._n_trials, self._distributions = study, n_trials, distributions
+        self._storage, self._terms = study._storage, terms
+        self._leases = Leases(self._storage, terms)
+
+    def next(self) -> int | None:
+        """Return a trial to run, made or taken, or None when enough are finished; wait for others' last."""
+        pause = _SHORTEST_PAUSE
+        while True:
+            trials = persistently(self._look, self._terms)
+            if trials is None:
+                return None
+            trial_id = persistently(partial(self._take, trials), self._terms)
+            if trial_id is not None:
+                return trial_id
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _look(self) -> list[FrozenTrial] | None:
+        """Give back the trials of dead workers; return those within the budget, None if all are finished."""
+        trials = self._trials()
+        if self._leases.reclaim(trials):
+            trials = self._trials()
+        budget = counted_trials(trials)[: self._n_trials]
+        done = len(budget) == self._n_trials and all(trial.state.is_finished() for trial in budget)
+        return None if done else budget
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self._study._study_id, deepcopy=False)
+
+    def _take(self, budget: list[FrozenTrial]) -> int | None:
+        for trial in budget:
+            if trial.state == TrialState.WAITING and self._pop(trial._trial_id):
+                return trial._trial_id
+        return self._create() if len(budget) < self._n_trials else None
+
+    def _pop(self, trial_id: int) -> bool:
+        try:
+            return self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        except UpdateFinishedTrialError:
+            return False
+
+    def _create(self) -> int | None:
+        """Make a trial; None if others were faster and the budget is full: the lowest numbers count."""
+        template = create_trial(state=TrialState.RUNNING, system_attrs=self._leases.first())
+        trial_id = self._storage.create_new_trial(self._study._study_id, template)
+        counted = [trial._trial_id for trial in counted_trials(self._trials())]
+        if trial_id in counted[: self._n_trials]:
+            return trial_id
+        with suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_system_attr(trial_id, _SURPLUS, True)
+            message = f"not needed: the study has its {self._n_trials} trials"
+            self._storage.set_trial_user_attr(trial_id, ERROR, message)
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        return None
+
+    def run(self, trial_id: int, evaluate: Callable[[Trial], float | Sequence[float]]) -> _Outcome | None:
+        """Run a trial and tell what came out; None if it is another worker's now."""
+        try:
+            with self._leases.hold(trial_id) as lease:
+                return self._run(trial_id, evaluate, lease)
+        except UpdateFinishedTrialError:
+            return None
+
+    def _run(
+        self, trial_id: int, evaluate: Callable[[Trial], float | Sequence[float]], lease: HeldLease
+    ) -> _Outcome | None:
+        try:
+            trial = self._ask(trial_id)
+            outcome = self._evaluated(trial, evaluate)
+            told = persistently(partial(self._tell, trial, outcome, lease), self._terms)
+            return outcome if told else None
+        except BaseException as error:
+            if isinstance(error, Exception) and not lease.is_held():
+                return None
+            lease.give_back()
+            raise
+
+    def _ask(self, trial_id: int) -> Trial:
+        """Return the trial with its parameters: ``Study.ask``, but of a trial that is leased already."""
+        # The sampler shall see the trials of now.
+        self._study._thread_local.cached_all_trials = None
+        trial = Trial(self._study, trial_id)
+        for name, distribution in self._distributions.items():
+            trial._suggest(name, distribution)
+        return trial
+
+    def _evaluated(self, trial: Trial, evaluate: Callable[[Trial], float | Sequence[float]]) -> _Outcome:
+        try:
+            returned = evaluate(trial)
+        except TrialPruned:
+            return _Outcome(TrialState.PRUNED)
+        except (StorageInternalError, UpdateFinishedTrialError):
+            # The storage's failure, or another worker's success; not the objective's failure.
+            raise
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
+            return _Outcome(TrialState.FAIL, error=text, cause=error)
+        return _checked(returned, len(self._study.directions))
+
+    def _tell(self, trial: Trial, outcome: _Outcome, lease: HeldLease) -> bool:
+        """Finish a trial; say whether it was this worker's to finish."""
+        if not lease.is_held():
+            return False
+        if self._storage.get_trial(trial._trial_id).params != trial.params:
+            # Somebody who was thought dead wrote other parameters meanwhile: these values are not theirs.
+            lease.give_back()
+            return False
+        try:
+            if outcome.error:
+                trial.set_user_attr(ERROR, outcome.error)
+            self._study.tell(trial, outcome.values, outcome.state)
+        except (UpdateFinishedTrialError, ValueError):
+            if lease.is_held():
+                raise
+            return False
+        return True
+
+
+def _checked(returned: Any, wanted: int) -> _Outcome:
+    """Return the outcome of an evaluation that returned something."""
+    several = isinstance(returned, Sequence) and not isinstance(returned, str)
+    values = list(returned) if several else [returned]
+    if len(values) != wanted:
+        return _failed(f"the objective returned {len(values)} values, the study has {wanted} directions")
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        return _failed(f"the objective returned {returned!r}; give numbers")
+    if not all(math.isfinite(number) for number in numbers):
+        return _failed(f"the objective returned {returned!r}; give finite numbers")
+    return _Outcome(TrialState.COMPLETE, numbers)
+
+
+def _failed(message: str) -> _Outcome:
+    return _Outcome(TrialState.FAIL, error=message[:_LONGEST_ERROR])
