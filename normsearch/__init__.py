@@ -1,5 +1,7 @@
 """Replace a trained network's BatchNorm layers with another normalization and keep what it learned."""
 
+from typing import TYPE_CHECKING, Any
+
 from normsearch import reporting
 from normsearch.architectures import Architecture, build
 from normsearch.calibration import Calibration, calibrate, calibration_record
@@ -15,6 +17,7 @@ from normsearch.errors import (
     PlanError,
     RefusedError,
     ReportError,
+    SearchError,
     ShapeError,
     StateError,
     TrainingError,
@@ -31,6 +34,9 @@ from normsearch.site_effects import sensitivity
 from normsearch.sites import NormSite, find_sites
 from normsearch.state_dicts import convert_state_dict
 from normsearch.training import finetune, parameter_groups
+
+if TYPE_CHECKING:
+    from normsearch.searching.searches import search
 
 __version__ = "0.1.0"
 
@@ -58,6 +64,7 @@ __all__ = [
     "RefusedError",
     "Report",
     "ReportError",
+    "SearchError",
     "Sensitivity",
     "ShapeError",
     "StateError",
@@ -80,5 +87,15 @@ __all__ = [
     "recalibrate",
     "reporting",
     "save",
+    "search",
     "sensitivity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Optuna takes half a second to import: only for those who search.
+    if name == "search":
+        from normsearch.searching.searches import search
+
+        return search
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from normsearch.reparametrization import Reparametrized
 from normsearch.sites import NormSite
 
 #: Everything of a module's that a user may have hung on it; the dicts move, so that handles stay valid.
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -145,7 +145,13 @@ def _put(
     names = {} if optimizer is None else parameter_names(optimizer)
     if optimizer is not None:
         replace_parameters(optimizer, list(new.values()))
-    replacement = {key: layer for key, (_, layer) in new.items()}
+    put(model, {key: layer for key, (_, layer) in new.items()})
+    if optimizer is not None:
+        rename_parameters(optimizer, model, names)
+
+
+def put(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:
+    """Put modules, by the id of their predecessor, wherever a model refers to that one."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if id(child) in replacement:
@@ -153,13 +159,11 @@ def _put(
         for name, value in vars(module).items():
             if isinstance(value, nn.Module | list | tuple | dict) and name not in TORCH_ATTRIBUTES:
                 vars(module)[name] = _in_container(value, replacement)
-    if optimizer is not None:
-        rename_parameters(optimizer, model, names)
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     own = dict(new._forward_pre_hooks)
-    for name in _HOOKS:
+    for name in HOOKS:
         vars(new)[name] = vars(old)[name]
     for hook in own.values():
         new.register_forward_pre_hook(hook)

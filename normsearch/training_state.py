@@ -21,7 +21,7 @@ class Batches:
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self._loader = loader
-        self._generators = _generators(loader)
+        self._generators = generators_of(loader)
         self._iterator: Iterator[Any] | None = None
         self._started_with: dict[str, Any] = {}
         self._taken = 0
@@ -92,7 +92,7 @@ class Batches:
         self._set_random_state(place["now"])
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
+def generators_of(loader: Any) -> list[torch.Generator]:
     """Return the generators that a loader or its samplers draw from, each once."""
     sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     holders = (loader, sampler, batches, getattr(batches, "sampler", None))

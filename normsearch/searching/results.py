@@ -1,0 +1,76 @@
+"""SearchResult: what a search found, and what it is based on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from optuna.study import Study
+from torch import nn
+
+from normsearch.plans import Plan
+from normsearch.searching.confirming import Candidate, Confirmed
+from normsearch.searching.costs import CostTable
+from normsearch.searching.space import SearchSpace
+from normsearch.sensitivities import Sensitivity
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What ``search`` returns.
+
+    Attributes:
+        best: the plan to use: the best uniform one unless a mix beat it beyond noise.
+        model: the network converted by it and trained as the objective trains.
+        study: Optuna's study, with every trial.
+        space: what was searched.
+        confirmation: the plans that were run again, the best uniform one first.
+        chosen: index of ``best`` there.
+        candidates: their parameters.
+        same_split: whether confirmation used the data of the search, under fresh seeds alone.
+        costs: what each method costs at each site; None where nothing asked for it.
+        sensitivity: drift of single changes; None without inputs.
+        prior: what sensing found; None where nothing was sensed.
+
+    """
+
+    best: Plan
+    model: nn.Module = field(repr=False)
+    study: Study = field(repr=False)
+    space: SearchSpace = field(repr=False)
+    confirmation: tuple[Confirmed, ...]
+    chosen: int
+    candidates: tuple[Candidate, ...] = field(repr=False)
+    same_split: bool = False
+    costs: CostTable | None = field(repr=False, default=None)
+    sensitivity: Sensitivity | None = field(repr=False, default=None)
+    prior: Mapping[str, Mapping[str, float]] | None = field(repr=False, default=None)
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The study's parameters of the best plan."""
+        return self.candidates[self.chosen].params
+
+    def __rich__(self) -> Table:
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
+        split = "on the search's data" if self.same_split else "on held-out data"
+        table = Table(title=f"confirmed {split}, paired by seed", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for head in ("", "plan", "search", "confirmed", "gain", "± error"):
+            table.add_column(head, justify="left" if head in ("", "plan") else "right")
+        for index, row in enumerate(self.confirmation):
+            table.add_row(
+                "→" if index == self.chosen else "",
+                escape(f"all {row.uniform}" if row.uniform else f"trial {row.number}"),
+                f"{row.searched:.4f}",
+                f"{row.mean:.4f}",
+                "" if row.gain is None else f"{row.gain:+.4f}",
+                "" if row.error is None else f"{row.error:.4f}",
+            )
+        return table

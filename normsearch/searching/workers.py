@@ -1,0 +1,134 @@
+"""Workers: run the trials of a study, alone or beside others."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from torch import nn
+
+from normsearch.errors import SearchError
+from normsearch.progress import OnProgress, Stage
+from normsearch.searching.leases import LeaseTerms
+from normsearch.searching.objectives import Evaluation, Objective
+from normsearch.searching.resident import Resident
+from normsearch.searching.space import SearchSpace
+from normsearch.searching.storage import check_shared, open_storage
+from normsearch.searching.studies import Memory
+from normsearch.searching.tasks import Task
+from normsearch.searching.trials import run_trials
+
+
+def evaluation(
+    resident: Resident, space: SearchSpace, objective: Objective | Task | None, memory: Memory
+) -> Evaluation:
+    """Return what a study's trials need."""
+    settings = memory.settings()
+    return Evaluation(
+        resident=resident,
+        space=space,
+        objective=objective or _no_objective,
+        directions=settings.directions,
+        costs=settings.costs,
+        table=memory.costs(),
+        constraints=settings.built_constraints(),
+        reference=memory.read("reference"),
+        seed=settings.seed,
+    )
+
+
+def work(
+    study: Study,
+    trials: Evaluation,
+    n_trials: int,
+    *,
+    terms: LeaseTerms | None = None,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Run trials until the study has ``n_trials``.
+
+    Raises:
+        SearchError: the objective fails again and again.
+
+    """
+    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    stage = Stage("searching", n_trials, on_progress, done=min(len(finished), n_trials))
+    run_trials(
+        study,
+        lambda trial: trials.trial(study, trial),
+        n_trials=n_trials,
+        distributions=trials.space.distributions,
+        on_trial=lambda trial: stage.advance(_said(study, trial)),
+        terms=terms,
+    )
+
+
+def join(
+    model: nn.Module,
+    objective: Objective | Task,
+    *,
+    name: str,
+    storage: str | os.PathLike[str] | BaseStorage,
+    terms: LeaseTerms | None = None,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Run trials of a search that was started elsewhere, until it has all it asked for.
+
+    The model and the objective come from the caller, never from the study: everybody who may write to a
+    shared database could put anything there. What is read from it is validated.
+
+    Args:
+        model: the model that is searched.
+        objective: the same as the search's.
+        name: of the study.
+        storage: as for ``search``; not in memory, and no SQLite.
+        terms: when a process counts as gone.
+        on_progress: called after every trial of this process.
+
+    Raises:
+        SearchError: there is no such study, it is still being prepared, it searches another model, or the
+            storage cannot be shared.
+
+    """
+    opened = open_storage(storage)
+    check_shared(opened)
+    try:
+        study = optuna.load_study(study_name=name, storage=opened)
+    except KeyError:
+        known = ", ".join(optuna.get_all_study_names(opened)) or "none"
+        raise SearchError(f"the storage has no study {name!r}; it has {known}") from None
+    memory = Memory(study)
+    if not memory.has("ready"):
+        raise SearchError(
+            f"the study {name!r} is still being prepared; start workers when its trials have begun"
+        )
+    resident = Resident(model)
+    space = memory.space(resident.model)
+    # Imported here: samplers read what workers keep.
+    from normsearch.searching.samplers import sampler_named
+
+    study.sampler = sampler_named(memory.settings().sampler, memory, space)
+    run = evaluation(resident, space, objective, memory)
+    work(study, run, memory.read("n_trials"), terms=terms, on_progress=on_progress)
+
+
+def _said(study: Study, trial: FrozenTrial) -> str:
+    if trial.state != TrialState.COMPLETE:
+        return f"trial {trial.number} {trial.state.name.lower()}"
+    text = f"trial {trial.number}: {', '.join(f'{value:.4g}' for value in trial.values)}"
+    if len(study.directions) > 1:
+        return text
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    values = [t.values[0] for t in done if all(v <= 0 for v in t.constraints.values())]
+    if not values:
+        return text
+    best = min(values) if study.directions[0] == StudyDirection.MINIMIZE else max(values)
+    return f"{text}, best {best:.4g}"
+
+
+def _no_objective(model: nn.Module, trial: Any) -> float:
+    raise SearchError("this search has no objective to run; ask and tell by hand, or give one")
