@@ -1,4 +1,4 @@
-"""The search: what may be combined, one resident model, costs, sensing, confirmation, and all of it together."""
+"""The search: what may be combined, a resident model, costs, sensing, confirmation, all of it together."""
 
 from __future__ import annotations
 
@@ -434,7 +434,7 @@ def test_task_is_trained_and_confirmed_on_data_that_no_trial_saw() -> None:
     assert all(torch.equal(x, confirmed) for x in seen[9:])
     assert len(seen) == 9 + 2 * len(result.confirmation) + 1
     assert not result.same_split
-    assert set(result.prior or {}) == set(SITES)
+    assert set(result.prior or {}) == set(result.space.distributions)
     assert "learned" in [t.user_attrs.get("origin") for t in result.study.trials]
     assert accuracy(result.model.eval(), validation[1::2]) == pytest.approx(
         result.confirmation[result.chosen].scores[0]
