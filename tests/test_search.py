@@ -435,10 +435,24 @@ def test_task_is_trained_and_confirmed_on_data_that_no_trial_saw() -> None:
     assert len(seen) == 9 + 2 * len(result.confirmation) + 1
     assert not result.same_split
     assert set(result.prior or {}) == set(result.space.distributions)
-    assert "learned" in [t.user_attrs.get("origin") for t in result.study.trials]
     assert accuracy(result.model.eval(), validation[1::2]) == pytest.approx(
         result.confirmation[result.chosen].scores[0]
     )
+
+
+def test_what_a_uniform_plans_gates_learned_is_tried_next() -> None:
+    def objective(model: nn.Module, trial: Any) -> float:
+        if isinstance(model.a[1], normsearch.methods.SwitchableNorm):
+            with torch.no_grad():
+                model.a[1].mean_logits.copy_(torch.tensor([9.0, 0.0, 0.0]))
+        return 0.0
+
+    result = normsearch.search(
+        network(), objective, **OPTIONS | {"methods": ["batch", "instance", "switchable"]}
+    )
+    learned = [t for t in result.study.trials if t.user_attrs.get("origin") == "learned"]
+    assert [t.params for t in learned] == [{"a.1": "instance"} | dict.fromkeys(SITES[1:], "batch")]
+    assert learned[0].number == 3
 
 
 @pytest.mark.parametrize("sampler", ["norm", "tpe", "nsga2", "random", optuna.samplers.RandomSampler(seed=1)])
