@@ -1,14 +1,14 @@
 """Real problems for the search: a trained network, how it is trained on, and four splits.
 
 Every problem starts from a network that learned its first task with BatchNorm, and asks for the best network
-after a short training under a condition that BatchNorm does not like. ``train`` and the split of the search are
-what trials see, ``confirmation`` decides what is returned, ``test`` is read by the benchmark alone.
+after a short training under a condition that BatchNorm does not like. ``train`` and the split of the search
+are what trials see, ``confirmation`` decides what is returned, ``test`` is read by the benchmark alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -110,7 +110,7 @@ def one_class(seed: int) -> Problem:
 
 
 def drift(seed: int) -> Problem:
-    """MNIST-1D, BatchNorm1d: trained on clean curves, scored on curves with another gain, offset and slope."""
+    """MNIST-1D, BatchNorm1d: trained on clean curves, scored on curves of another gain, offset and slope."""
     network, splits = _curves(seed)
     train, *others = splits
     return _problem(network, [train, *map(_drifted, others)], Condition("batch 32", 32), 60, 3e-3)
@@ -149,7 +149,7 @@ def contrast(seed: int) -> Problem:
     ]
     problem = _problem(wider.eval(), both, Condition("", 8), 150, 3e-3)
     train = _OneKind(both[0], 8, torch.Generator())
-    return Problem(problem.network, _with_train(problem.task, train), problem.test)
+    return Problem(problem.network, replace(problem.task, train=train), problem.test)
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,6 @@ class _OneKind:
         batches = [rows for kind in kinds for rows in kind.split(self.size) if len(rows) == self.size]
         for index in torch.randperm(len(batches), generator=self.generator).tolist():
             yield self.split.images[batches[index]], self.split.labels[batches[index]]
-
-
-def _with_train(task: Task, train: Any) -> Task:
-    from dataclasses import replace
-
-    return replace(task, train=train)
 
 
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
