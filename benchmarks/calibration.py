@@ -84,15 +84,15 @@ class Result:
 
 
 def veto_threshold(drifts: list[float]) -> float:
-    """Return the largest drift of a single site at which all sites up to it together stay below THRESHOLD.
+    """Return the largest drift of a single site at which all up to it together stay below half THRESHOLD.
 
     Drifts of single sites add up as independent errors do, in squares; without this, many sites that are each
-    harmless destroy a network together.
+    harmless destroy a network together. The other half is for group norm at all other sites.
     """
     total, largest = 0.0, min(drifts) / 2
     for drift in sorted(drifts):
         total += drift**2
-        if total**0.5 > THRESHOLD:
+        if total**0.5 > THRESHOLD / 2:
             break
         largest = drift
     return largest

@@ -6,7 +6,7 @@ Four problems (benchmarks/search/problems.py), five seeds each with their own sp
 of 40 trials trains on ``train``, scores on one split and confirms on another; what it returns is trained
 anew under five fresh seeds and scored on ``test``, beside the best uniform plan (the one that scored best in
 the search, as a user would choose), and beside ``switchable`` and ``batch_instance`` everywhere, which learn
-their mixture by gradient as their papers have it. Differences are paired by seed. Variants leave one part out:
+their mixture by gradient as their papers have it. Differences are paired by seed. Variants leave a part out:
 
     search      everything
     no prior    no supernet, nothing enqueued from it

@@ -3,6 +3,7 @@
 from normsearch.searching.constraints import BatchIndependent, Constraint, MaxDrop, MaxLatency, MaxMemory
 from normsearch.searching.costs import CostTable, measure_costs
 from normsearch.searching.leases import LeaseTerms
+from normsearch.searching.objectives import Objective
 from normsearch.searching.resident import Resident
 from normsearch.searching.results import SearchResult
 from normsearch.searching.sampler import NormSampler
@@ -23,6 +24,7 @@ __all__ = [
     "MaxLatency",
     "MaxMemory",
     "NormSampler",
+    "Objective",
     "Recipe",
     "Resident",
     "Search",
