@@ -3,9 +3,9 @@
     python -m benchmarks.search.overhead [--trials N]
 
 Two cases: a small network on digits (four sites, 60 steps, a fraction of a second a trial) and ResNet-50 (53
-sites, tied to what the trials can tell apart; 10 steps at batch 8 and 64 × 64 pixels, random images). Conversion
-in place, restoring weights and structure, the study's bookkeeping in a journal file and NormSampler's proposals
-all count.
+sites, tied to what the trials can tell apart; 10 steps at batch 8 and 64 × 64 pixels, random images).
+Conversion in place, restoring weights and structure, the study's bookkeeping in a journal file and
+NormSampler's proposals all count.
 Bar: 5 %.
 """
 
