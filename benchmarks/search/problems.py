@@ -136,6 +136,7 @@ def _curves(seed: int) -> tuple[nn.Module, list[Split]]:
 def contrast(seed: int) -> Problem:
     """Which digit, and is it faint? Every batch of eight is faint or is not; scored on both."""
     network, splits = _digits(seed)
+    assert isinstance(network, Network)
     # Twenty classes; the second ten start as the first.
     wider = Network()
     wider.load_state_dict(network.state_dict())
