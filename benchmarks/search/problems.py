@@ -81,8 +81,9 @@ def _digits(seed: int) -> tuple[nn.Module, list[Split]]:
 def _taught(network: nn.Module, split: Split, seed: int, steps: int) -> nn.Module:
     torch.manual_seed(seed)
     for module in network.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
     batches = Batches(split, Condition("", 32), torch.Generator().manual_seed(seed))
     return normsearch.finetune(
         network, batches, loss=F.cross_entropy, steps=steps, lr=1e-2, in_place=True
