@@ -20,6 +20,7 @@ from benchmarks.zoo.examination import examine_apart
 _HERE = Path(__file__).parent
 _VERSIONS = ("torch", "torchvision", "timm", "segmentation_models_pytorch", "opacus")
 #: These say how a run is made, judged and shown, not what is found.
+_ABOVE = {"__init__.py", "searching", "reporting", "commands", "cli.py"}
 _PRESENTATION = {"__init__.py", "__main__.py", "counts.py", "page.py", "runs.py", "verdicts.py"}
 #: Seconds that one network may compute; waiting on a busy machine does not count.
 _TIME = 300
@@ -31,10 +32,14 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint() -> str:
-    """Return a hash of the versions, normsearch's sources and this benchmark's: older results are stale."""
+    """Return a hash of the versions, normsearch's sources and this benchmark's: older results are stale.
+
+    Packages above conversion are left out: imports go down only, so nothing there changes a conversion.
+    """
     digest = hashlib.sha256(json.dumps(versions()).encode())
-    sources = [*Path(normsearch.__file__).parent.rglob("*.py"), *_HERE.glob("*.py")]
-    for path in sorted(sources):
+    package = Path(normsearch.__file__).parent
+    sources = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in _ABOVE]
+    for path in sorted([*sources, *_HERE.glob("*.py")]):
         if path.parent != _HERE or path.name not in _PRESENTATION:
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
