@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from normsearch.errors import SearchError
 from normsearch.searching import NormSampler
+from normsearch.searching.climbing import Goal, KnownSum
 from normsearch.searching.surrogate import PlanSurrogate, Space
 
 METHODS = ("batch", "group", "layer", "instance")
@@ -70,19 +71,26 @@ def test_predictions_are_those_of_the_formula(seed: int) -> None:
 
 @given(st.integers(0, 10_000), st.booleans())
 @settings(max_examples=10, deadline=None)
-def test_neighbours_are_the_predictions_of_every_change_of_one_site(seed: int, with_prior: bool) -> None:
+def test_a_walk_expects_what_predict_does(seed: int, with_prior: bool) -> None:
     space, plans, scores = points(seed)
-    prior = np.random.default_rng(seed).normal(size=space.allowed.shape) if with_prior else None
+    rng = np.random.default_rng(seed)
+    prior = rng.normal(size=space.allowed.shape) if with_prior else None
     surrogate = PlanSurrogate(space, plans, scores, prior)
-    plan = points(seed + 1)[1][0]
-    mean, deviation = surrogate.neighbours(plan)
-    for site in range(space.sites):
-        for method in np.flatnonzero(space.allowed[site]):
-            changed = plan.copy()
-            changed[site] = method
-            expected, spread = surrogate.predict(changed[None])
-            assert mean[site, method] == pytest.approx(expected[0], abs=1e-9)
-            assert deviation[site, method] == pytest.approx(spread[0], abs=1e-6)
+    known = KnownSum(rng.normal(size=space.allowed.shape))
+    for model in (surrogate, known):
+        now = points(seed + 1)[1][:3]
+        walk = Goal(scores, model).walk(now)
+        for site in [*range(space.sites), *rng.permutation(space.sites)]:
+            mean, deviation = walk.changes(site, True)
+            assert walk.changes(site, False)[0] == pytest.approx(mean)
+            for method in np.flatnonzero(space.allowed[site]):
+                changed = now.copy()
+                changed[:, site] = method
+                expected, spread = model.predict(changed)
+                assert mean[:, method] == pytest.approx(expected, abs=1e-9)
+                assert deviation[:, method] == pytest.approx(spread, abs=1e-6)
+            now[:, site] = rng.integers(0, space.allowed[site].sum(), 3)
+            walk.set(site, now[:, site])
 
 
 def test_variances_find_what_explains_the_scores() -> None:

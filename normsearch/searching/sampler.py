@@ -13,6 +13,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from normsearch.errors import SearchError
+from normsearch.searching.climbing import Climb, Goal, KnownSum
 from normsearch.searching.surrogate import Floats, Plans, PlanSurrogate, Space
 
 #: Contribution of each choice of each parameter: {"layer1.bn": {"group": 0.1, "batch": -0.2}, …}.
@@ -21,8 +22,6 @@ Table = Mapping[str, Mapping[str, float]]
 #: How many standard deviations a proposal may hope for, in turn: exploring, balanced, exploiting.
 _HOPES = (2.0, 0.5, 0.0)
 _STARTS = 3
-#: Changes of one site until a climb is given up; it rarely needs as many as there are sites.
-_LONGEST_CLIMB = 60
 
 
 class NormSampler(BaseSampler):
@@ -105,7 +104,7 @@ class NormSampler(BaseSampler):
         ]
         weights = np.ones(1) if len(goals) == 1 else rng.dirichlet(np.ones(len(goals)))
         hope = _HOPES[trial.number % len(_HOPES)]
-        search = _Climb(problem.space, goals, weights, hope, seen)
+        search = Climb(problem.space, goals, weights, hope, seen)
         starts = [*search.best_of(plans, _STARTS - 1), problem.space.random(rng)]
         return problem.write(search.climb(starts, rng))
 
@@ -150,7 +149,7 @@ class NormSampler(BaseSampler):
         plans: Plans,
         done: Sequence[FrozenTrial],
         waiting: Plans,
-    ) -> _Goal:
+    ) -> Goal:
         values = np.array([t.values[index] for t in done], dtype=np.float64)
         if study.directions[index] == StudyDirection.MINIMIZE:
             values = -values
@@ -161,124 +160,21 @@ class NormSampler(BaseSampler):
         if index in self._costs:
             table = problem.table(self._costs[index])
             signed = -table if study.directions[index] == StudyDirection.MINIMIZE else table
-            return _Goal(values, None, signed, problem.space)
+            return Goal(values, KnownSum(signed))
         prior = problem.table(self._prior) if self._prior is not None and index == 0 else None
-        return _Goal(values, _fitted(problem.space, plans, values, prior, waiting), None, problem.space)
+        return Goal(values, _fitted(problem.space, plans, values, prior, waiting))
 
 
 def _fitted(
     space: Space, plans: Plans, values: Floats, prior: Floats | None, waiting: Plans
 ) -> PlanSurrogate:
     surrogate = PlanSurrogate(space, plans, values, prior)
-    if len(waiting):
-        believed, _ = surrogate.predict(waiting)
-        surrogate = PlanSurrogate(
-            space, np.concatenate([plans, waiting]), np.concatenate([values, believed]), prior
-        )
-    return surrogate
-
-
-class _Goal:
-    """One objective, larger is better: a fitted process, or a known sum over sites."""
-
-    def __init__(
-        self, values: Floats, surrogate: PlanSurrogate | None, table: Floats | None, space: Space
-    ) -> None:
-        self._surrogate, self._table, self._sites = surrogate, table, np.arange(space.sites)
-        self.low, self.high = float(values.min()), float(values.max())
-
-    def predict(self, plans: Plans) -> tuple[Floats, Floats]:
-        """Return means and deviations of plans, (m,) each."""
-        if self._surrogate is not None:
-            return self._surrogate.predict(plans)
-        assert self._table is not None
-        sums = self._table[self._sites, plans].sum(1)
-        return sums, np.zeros_like(sums)
-
-    def neighbours(self, plan: Plans) -> tuple[Floats, Floats]:
-        """Return the same for every change of one site, (L, K) each."""
-        if self._surrogate is not None:
-            return self._surrogate.neighbours(plan)
-        assert self._table is not None
-        now = self._table[self._sites, plan]
-        changed = now.sum() - now[:, None] + self._table
-        return changed, np.zeros_like(changed)
-
-
-class _Climb:
-    """The search for the plan whose hoped-for score is best among plans not seen yet."""
-
-    def __init__(
-        self,
-        space: Space,
-        goals: Sequence[_Goal],
-        weights: Floats,
-        hope: float,
-        seen: set[tuple[int, ...]],
-    ) -> None:
-        self._space, self._goals, self._weights, self._hope, self._seen = space, goals, weights, hope, seen
-
-    def _score(self, predictions: list[tuple[Floats, Floats]]) -> Floats:
-        if len(self._goals) == 1:
-            mean, deviation = predictions[0]
-            return np.asarray(mean + self._hope * deviation)
-        # Augmented Chebyshev scalarisation reaches concave parts of the front, which a weighted sum does not.
-        parts = np.stack(
-            [
-                weight * (mean + self._hope * deviation - goal.low) / ((goal.high - goal.low) or 1.0)
-                for goal, weight, (mean, deviation) in zip(
-                    self._goals, self._weights, predictions, strict=True
-                )
-            ]
-        )
-        return np.asarray(parts.min(0) + 0.05 * parts.sum(0))
-
-    def best_of(self, plans: Plans, count: int) -> list[Plans]:
-        """Return the evaluated plans that score best."""
-        scores = self._score([goal.predict(plans) for goal in self._goals])
-        return [plans[i] for i in np.argsort(-scores, kind="stable")[:count]]
-
-    def climb(self, starts: Sequence[Plans], rng: np.random.Generator) -> Plans:
-        """Return the best unseen plan that changes of one site reach from any start."""
-        best: Plans | None = None
-        best_score = -np.inf
-        for start in starts:
-            plan, score = self._from(start)
-            if plan is not None and score > best_score:
-                best, best_score = plan, score
-        if best is not None:
-            return best
-        # Every plan near the starts was seen: any unseen one will do, if there is one.
-        for _ in range(1000):
-            best = self._space.random(rng)
-            if tuple(best) not in self._seen:
-                break
-        assert best is not None
-        return best
-
-    def _from(self, plan: Plans) -> tuple[Plans | None, float]:
-        found, found_score, here = None, -np.inf, -np.inf
-        for _ in range(_LONGEST_CLIMB):
-            scores = self._score([goal.neighbours(plan) for goal in self._goals])
-            scores = np.where(self._space.allowed, scores, -np.inf)
-            order = np.argsort(-scores, axis=None, kind="stable")
-            top = float(scores.flat[order[0]])
-            for flat in order[: len(self._seen) + 1]:
-                site, method = divmod(int(flat), self._space.methods)
-                candidate = plan.copy()
-                candidate[site] = method
-                if scores.flat[flat] <= found_score:
-                    break
-                if tuple(candidate) not in self._seen and np.isfinite(scores.flat[flat]):
-                    found, found_score = candidate, float(scores.flat[flat])
-                    break
-            if top <= here + 1e-12:
-                break
-            site, method = divmod(int(order[0]), self._space.methods)
-            plan = plan.copy()
-            plan[site] = method
-            here = top
-        return found, found_score
+    if not len(waiting):
+        return surrogate
+    believed, _ = surrogate.predict(waiting)
+    return PlanSurrogate(
+        space, np.concatenate([plans, waiting]), np.concatenate([values, believed]), prior, like=surrogate
+    )
 
 
 class _Problem:
