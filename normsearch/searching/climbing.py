@@ -90,17 +90,15 @@ class _SurrogateWalk:
         self._of_evaluated = space.onehot(surrogate.plans).sum(1)
         self._counts = space.onehot(plans).sum(1)
         self._prior = surrogate.sloped_prior
-        self._prior_sum = surrogate.slope * surrogate.prior_mean(plans)
+        self._prior_sum = surrogate.slopes @ surrogate.prior_mean(plans)
         self._index = np.arange(len(plans))
 
     def changes(self, site: int, deviations: bool) -> tuple[Floats, Floats]:
         surrogate = self._surrogate
         before = self._plans[:, site]
         cross = self._changed(site)
-        expected = cross @ surrogate.weights
-        if self._prior is not None:
-            row = self._prior[site]
-            expected = expected + (self._prior_sum - row[before])[:, None] + row
+        row = self._prior[site]
+        expected = cross @ surrogate.weights + (self._prior_sum - row[before])[:, None] + row
         if not deviations:
             return surrogate.scores(expected, np.zeros(1))
         flat = cross.reshape(-1, cross.shape[2])
@@ -119,8 +117,7 @@ class _SurrogateWalk:
         self._c[site] = c
         self._counts[self._index, before] -= 1
         self._counts[self._index, methods] += 1
-        if self._prior is not None:
-            self._prior_sum += self._prior[site, methods] - self._prior[site, before]
+        self._prior_sum = self._prior_sum + self._prior[site, methods] - self._prior[site, before]
         self._plans[:, site] = methods
 
     def _changed(self, site: int) -> Floats:

@@ -22,6 +22,8 @@ Table = Mapping[str, Mapping[str, float]]
 #: How many standard deviations a proposal may hope for, in turn: exploring, balanced, exploiting.
 _HOPES = (2.0, 0.5, 0.0)
 _STARTS = 3
+_DESIGNS = True
+_DESIGNS_WITH_PRIOR = False
 
 
 class NormSampler(BaseSampler):
@@ -139,7 +141,9 @@ class NormSampler(BaseSampler):
         )
         designs = [problem.permitted(shuffled[:, number]) for number in range(methods)]
         uniform = [problem.permitted(np.full(problem.space.sites, number)) for number in range(methods)]
-        return [*uniform, *designs]
+        if self._prior is not None and not _DESIGNS_WITH_PRIOR:
+            return uniform
+        return [*uniform, *designs] if _DESIGNS else uniform
 
     def _goal(
         self,

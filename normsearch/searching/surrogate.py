@@ -34,6 +34,8 @@ _UPDATES = 15
 #: A prior's slope before there is data, in standard deviations of the score per one of the prior, and its
 #: precision.
 _SLOPE, _SLOPE_PRECISION = 0.4, 8.0
+_GUESSED = 0.5
+_OWN_ONLY = True
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class PlanSurrogate:
         self.space, self.plans = space, plans
         self._centre, self._scale = float(scores.mean()), float(scores.std()) or 1.0
         self._z = (scores - self._centre) / self._scale
-        self._prior = None if prior is None else _standardized(prior, space)
+        self._prior = np.zeros((0, *space.allowed.shape)) if prior is None else _parts(prior, space)
         self._expected_of_prior = self.prior_mean(plans)
         fixed = _fixed_grams(space, plans, plans)
         if like is None:
@@ -111,13 +113,13 @@ class PlanSurrogate:
             self._variances, self._relevance = like._variances, like._relevance
         covariance = self._combined(fixed, plans) + self._variances[4] * np.eye(len(plans))
         self.inverse = np.linalg.inv(covariance)
-        self._mean, self._slope = self._trend(self.inverse)
-        self.weights = self.inverse @ (self._z - self._mean - self._slope * self._expected_of_prior)
+        self._mean, self._slopes = self._trend(self.inverse)
+        self.weights = self.inverse @ (self._z - self._mean - self._slopes @ self._expected_of_prior)
 
     @property
-    def slope(self) -> float:
-        """How much of the prior the evaluated plans confirm, in standard deviations of the score."""
-        return self._slope
+    def slopes(self) -> Floats:
+        """How much of the prior's shared and own parts the plans confirm, in standard deviations of the score."""
+        return self._slopes
 
     @property
     def variances(self) -> Floats:
@@ -134,7 +136,7 @@ class PlanSurrogate:
         cross = self.covariance(plans)
         squares = np.square(_histogram(plans, self.space.methods)).sum(1)
         variance = self.variance(squares) - ((cross @ self.inverse) * cross).sum(1)
-        return self.scores(self.prior_mean(plans) * self._slope + cross @ self.weights, variance)
+        return self.scores(self._slopes @ self.prior_mean(plans) + cross @ self.weights, variance)
 
     def scores(self, expected: Floats, variance: Floats) -> tuple[Floats, Floats]:
         """Return means and deviations in units of the scores, from those of standardized ones."""
@@ -152,15 +154,13 @@ class PlanSurrogate:
         return np.asarray(self._variances[0] * shared + self._variances[1:4].sum())
 
     def prior_mean(self, plans: Plans) -> Floats:
-        """Return the sum of the standardized prior, (m,)."""
-        if self._prior is None:
-            return np.zeros(len(plans))
-        return np.asarray(self._prior[np.arange(self.space.sites), plans].sum(1))
+        """Return the sums of the prior's parts, (0 or 2, m)."""
+        return np.asarray(self._prior[:, np.arange(self.space.sites), plans].sum(2))
 
     @property
-    def sloped_prior(self) -> Floats | None:
-        """The prior's part of the mean for each choice, (L, K)."""
-        return None if self._prior is None else self._slope * self._prior
+    def sloped_prior(self) -> Floats:
+        """What the prior adds to the mean for each choice, (L, K)."""
+        return np.tensordot(self._slopes, self._prior, 1)
 
     def _combined(self, fixed: Floats, plans: Plans) -> Floats:
         own = _own_gram(self.space, plans, self.plans, self._relevance)
@@ -176,13 +176,18 @@ class PlanSurrogate:
         flat = onehot.reshape(n, -1)
         shared, pairs, every = fixed
         grams = np.stack([shared, np.empty((n, n)), pairs, every, np.eye(n)])
-        relevance = np.full(sites, 1.0 / sites)
+        guess = np.full(sites, 1.0 / sites)
+        if len(self._prior):
+            # A site that the prior finds important often is, even where it is wrong about the methods.
+            spread = np.square(self._prior[1] if _OWN_ONLY else self._prior.sum(0)).sum(1)
+            guess = (1 - _GUESSED) * guess + _GUESSED * spread / (spread.sum() or 1.0)
+        relevance = guess
         variances = _EXPECTED.copy()
         for _ in range(_UPDATES):
             grams[1] = _own_gram(self.space, self.plans, self.plans, relevance)
             inverse = np.linalg.inv((variances @ grams.reshape(5, -1)).reshape(n, n))
-            mean, slope = self._trend(inverse)
-            weights = inverse @ (self._z - mean - slope * self._expected_of_prior)
+            mean, slopes = self._trend(inverse)
+            weights = inverse @ (self._z - mean - slopes @ self._expected_of_prior)
             # gradient of the log likelihood: ½ (explained − accounted)
             explained = (grams @ weights) @ weights
             accounted = grams.reshape(5, -1) @ inverse.reshape(-1)
@@ -196,7 +201,7 @@ class PlanSurrogate:
                 (explained + _STRENGTH * _EXPECTED / variances**2) / (accounted + _STRENGTH / variances)
             )
             own = variances[1] * relevance
-            expected = variances[1] / sites
+            expected = variances[1] * guess
             own = own * np.sqrt(
                 (np.maximum(of_sites, 0) + _SITE_STRENGTH * expected / own**2)
                 / (np.maximum(cost, 0) + _SITE_STRENGTH / own)
@@ -204,19 +209,28 @@ class PlanSurrogate:
             relevance = own / own.sum()
         return variances, relevance
 
-    def _trend(self, inverse: Floats) -> tuple[float, float]:
-        """Return the mean and the prior's slope by generalized least squares, the slope shrunk and ≥ 0."""
-        ones = np.ones(len(self._z))
-        row = ones @ inverse
-        if self._prior is None:
-            return float(row @ self._z / row.sum()), 0.0
-        p = self._expected_of_prior
-        # The mean is fitted exactly, the slope with its own expectation.
-        centre_p, centre_z = float(row @ p / row.sum()), float(row @ self._z / row.sum())
-        p, z = p - centre_p, self._z - centre_z
-        at = p @ inverse
-        slope = max(0.0, float((at @ z + _SLOPE * _SLOPE_PRECISION) / (at @ p + _SLOPE_PRECISION)))
-        return centre_z - slope * centre_p, slope
+    def _trend(self, inverse: Floats) -> tuple[float, Floats]:
+        """Return the mean and the slopes of the prior's parts by generalized least squares.
+
+        The mean is fitted exactly; slopes are shrunk to what is expected of them and never negative.
+        """
+        row = inverse.sum(0)
+        parts, z = self._expected_of_prior, self._z
+        centre_z, centres = float(row @ z / row.sum()), parts @ row / row.sum()
+        slopes = np.zeros(len(parts))
+        centred = parts - centres[:, None]
+        through = centred @ inverse
+        normal = through @ centred.T + np.diag(np.full(len(parts), _SLOPE_PRECISION))
+        wanted = through @ (z - centre_z) + _SLOPE * _SLOPE_PRECISION
+        free = np.ones(len(parts), dtype=bool)
+        while free.any():
+            slopes[:] = 0
+            slopes[free] = np.linalg.solve(normal[np.ix_(free, free)], wanted[free])
+            if (slopes >= 0).all():
+                break
+            free &= slopes > 0
+            slopes = np.maximum(slopes, 0)
+        return centre_z - float(slopes @ centres), slopes
 
 
 def _own_gram(space: Space, first: Plans, second: Plans, relevance: Floats) -> Floats:
@@ -251,9 +265,20 @@ def _histogram(plans: Plans, methods: int) -> Floats:
     return np.asarray((plans[:, :, None] == np.arange(methods)).sum(1), dtype=np.float64)
 
 
-def _standardized(prior: Floats, space: Space) -> Floats:
-    """Return the prior with mean zero at each site and standard deviation one over random plans."""
+def _parts(prior: Floats, space: Space) -> Floats:
+    """Return the prior's part that all sites share and each site's own, (2, L, K).
+
+    Each has mean zero at each site and standard deviation one over random plans. Errors of a prior average
+    out over sites, so that the first is often right where the second is not: each has a slope of its own.
+    """
     shown = np.where(space.allowed, prior, np.nan)
     centred = prior - np.nanmean(shown, axis=1, keepdims=True)
-    spread = np.sqrt(np.nanvar(shown, axis=1).sum())
-    return np.where(space.allowed, centred / (spread or 1.0), 0.0)
+    centred = np.where(space.allowed, centred, 0.0)
+    shared = centred.sum(0) / np.maximum(space.allowed.sum(0), 1)
+    parts = []
+    for part in (np.where(space.allowed, shared, 0.0), centred - np.where(space.allowed, shared, 0.0)):
+        shown = np.where(space.allowed, part, np.nan)
+        part = np.where(space.allowed, part - np.nanmean(shown, axis=1, keepdims=True), 0.0)
+        spread = np.sqrt(np.nanvar(shown, axis=1).sum())
+        parts.append(part / (spread or 1.0))
+    return np.stack(parts)
