@@ -246,3 +246,59 @@ def test_a_seed_is_a_whole_number(seed: Any) -> None:
 def test_a_prior_holds_finite_numbers() -> None:
     with pytest.raises(SearchError, match=r"prior\['a'\]\['x'\] = nan"):
         NormSampler(prior={"a": {"x": float("nan")}})
+
+
+def test_plans_of_failed_and_pruned_trials_are_not_proposed_again() -> None:
+    def fragile(trial: optuna.Trial) -> float:
+        value = objective(trial)
+        if value > 3:
+            raise optuna.TrialPruned if trial.number % 2 else ValueError("no memory")
+        return value
+
+    study = optuna.create_study(direction="maximize", sampler=NormSampler(seed=0))
+    study.optimize(fragile, n_trials=40, catch=(ValueError,))
+    plans = [tuple(trial.params.values()) for trial in study.trials]
+    assert len(set(plans)) == 40
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_infinite_scores_count_as_the_worst(direction: str) -> None:
+    sign = 1 if direction == "maximize" else -1
+
+    def diverging(trial: optuna.Trial) -> float:
+        value = objective(trial)
+        return -sign * np.inf if "instance" in trial.params.values() else sign * value
+
+    study = run(30, objective=diverging, direction=direction, seed=0)
+    assert np.isfinite([trial.value for trial in study.trials[15:]]).mean() > 0.5
+
+
+def test_parameters_that_come_and_go_do_no_harm() -> None:
+    def conditional(trial: optuna.Trial) -> float:
+        value = objective(trial)
+        if trial.params["bn0"] == "group":
+            value += 0.1 * trial.suggest_int("groups", 1, 8)
+            value += trial.suggest_categorical("affine", [True, False])
+        if trial.number > 20:
+            value -= trial.suggest_float("late", 0.0, 1.0)
+        return float(value)
+
+    study = run(35, objective=conditional, seed=0)
+    assert study.best_value > 5
+    assert all(set(trial.params) >= {f"bn{site}" for site in range(6)} for trial in study.trials)
+
+
+def test_a_misleading_prior_costs_little() -> None:
+    wrong = {f"bn{s}": {m: -float(i * (s % 3 - 1)) for i, m in enumerate(METHODS)} for s in range(6)}
+    assert min(run(40, seed=seed, prior=wrong).best_value for seed in range(3)) >= 6
+
+
+def test_a_good_prior_saves_trials() -> None:
+    right = {f"bn{s}": {m: float(i * (s % 3 - 1)) for i, m in enumerate(METHODS)} for s in range(6)}
+    assert run(8, seed=0, prior=right).best_value >= 6
+
+
+def test_the_same_proposals_however_trials_are_stored(tmp_path: Any) -> None:
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log"))
+    stored = run(25, optuna.storages.JournalStorage(backend), seed=4)
+    assert params(stored) == params(run(25, seed=4))

@@ -156,9 +156,9 @@ def record(task: Factorial, console: Console, *, fresh: bool) -> None:
 def show(task: Factorial, console: Console) -> None:
     """Print what a finished factorial says."""
     scores = table(task)
-    flat: NDArray[np.float64] = scores.reshape(len(SEEDS), -1)
+    flat = [row.ravel() for row in scores]
     uniform = {m: [float(s[(k,) * 4]) for s in scores] for k, m in enumerate(task.methods)}
-    agreement = float(np.corrcoef(flat)[0, 1])
+    agreement = float(np.corrcoef(np.stack(flat))[0, 1])
     console.print(f"{task.name}: torch {torch.__version__}; the two seeds correlate {agreement:.2f}")
     for seed, row in enumerate(flat):
         best = np.unravel_index(row.argmax(), scores.shape[1:])

@@ -40,7 +40,7 @@ OURS = "NormSampler"
 PRIORS = ("prior .4", "prior .6")
 MISLEADING = ("misleading prior", "unrelated prior")
 #: After how many trials regret is looked at.
-TRIALS, TRIALS_OF_FACTORIALS = (20, 50, 100, 200), (10, 20, 50, 200)
+TRIALS, TRIALS_OF_FACTORIALS = (20, 40, 50, 100, 200), (10, 20, 50, 200)
 
 
 @dataclass(frozen=True)

@@ -22,20 +22,19 @@ Table = Mapping[str, Mapping[str, float]]
 #: How many standard deviations a proposal may hope for, in turn: exploring, balanced, exploiting.
 _HOPES = (2.0, 0.5, 0.0)
 _STARTS = 3
-_DESIGNS = True
-_DESIGNS_WITH_PRIOR = False
 
 
 class NormSampler(BaseSampler):
     """Propose plans by a Gaussian process over assignments of methods to sites.
 
-    The first trials are the uniform plans and designs in which every site meets every method once; then each
-    proposal climbs, one site at a time, to where mean + h·deviation of the process (see
-    ``normsearch.searching.surrogate``) is best, with h = 2, 0.5, 0 in turn. No plan is proposed twice, and
+    The first trials are the uniform plans and, without a prior, designs in which every site meets every
+    method once; then each proposal climbs, one site at a time, to where mean + h·deviation of the process
+    (see ``normsearch.searching.surrogate``) is best, with h = 2, 0.5, 0 in turn. No plan is proposed twice, and
     running trials count as if they had returned what is expected of them. Proposals depend on the seed, the
     trial's number and the trials so far only: a study that is resumed goes on as it would have.
 
-    A trial whose constraints are violated counts as the worst so far. Parameters other than categoricals,
+    A trial whose constraints are violated, or whose score is infinitely bad, counts as the worst so far; the
+    plan of a failed or pruned trial is not proposed again. Parameters other than categoricals,
     and those that not every trial has, are sampled at random.
 
     Args:
@@ -71,6 +70,7 @@ class NormSampler(BaseSampler):
         self._prior = None if prior is None else _checked("prior", prior)
         self._costs = {index: _checked(f"costs[{index}]", table) for index, table in (costs or {}).items()}
         self._spaces = IntersectionSearchSpace()
+        self._problem: _Problem | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the categoricals that every trial so far has, in the order of the first."""
@@ -90,12 +90,16 @@ class NormSampler(BaseSampler):
         if not search_space:
             return {}
         problem = _Problem(search_space)
+        if self._problem is not None and self._problem.choices == problem.choices:
+            problem = self._problem
+        self._problem = problem
         rng = np.random.default_rng([self._seed, trial.number])
         done = [t for t in _trials(study, TrialState.COMPLETE) if problem.holds(t)]
         running = [
             t for t in _trials(study, TrialState.RUNNING) if problem.holds(t) and t.number != trial.number
         ]
-        seen = {problem.read(t) for t in (*done, *running)}
+        broken = [t for t in _trials(study, TrialState.FAIL, TrialState.PRUNED) if problem.holds(t)]
+        seen = {problem.read(t) for t in (*done, *running, *broken)}
         first = next((plan for plan in self._first(problem) if tuple(plan) not in seen), None)
         if first is not None or len(done) < 2:
             return problem.write(problem.space.random(rng) if first is None else first)
@@ -134,16 +138,16 @@ class NormSampler(BaseSampler):
         return RandomSampler(seed=(self._seed * 1_000_003 + trial.number) % 2**32)
 
     def _first(self, problem: _Problem) -> list[Plans]:
-        """Return every uniform plan, then as many in which each site meets each of its methods once."""
+        """Return every uniform plan; without a prior, then as many where each site meets each method once."""
         methods = problem.space.methods
+        uniform = [problem.permitted(np.full(problem.space.sites, number)) for number in range(methods)]
+        if self._prior is not None:
+            return uniform
         shuffled = np.random.default_rng([self._seed, methods]).permuted(
             np.tile(np.arange(methods), (problem.space.sites, 1)), axis=1
         )
         designs = [problem.permitted(shuffled[:, number]) for number in range(methods)]
-        uniform = [problem.permitted(np.full(problem.space.sites, number)) for number in range(methods)]
-        if self._prior is not None and not _DESIGNS_WITH_PRIOR:
-            return uniform
-        return [*uniform, *designs] if _DESIGNS else uniform
+        return [*uniform, *designs]
 
     def _goal(
         self,
@@ -158,9 +162,10 @@ class NormSampler(BaseSampler):
         if study.directions[index] == StudyDirection.MINIMIZE:
             values = -values
         infeasible = np.array([any(v > 0 for v in t.constraints.values()) for t in done])
-        if infeasible.any():
-            # As bad as the worst: the process learns to stay away, whatever such a plan scored.
-            values[infeasible] = values.min()
+        # As bad as the worst: the process learns to stay away, whatever such a plan scored.
+        finite = np.isfinite(values)
+        worst = values[finite].min() if finite.any() else 0.0
+        values = np.where(infeasible | ~finite, worst, values)
         if index in self._costs:
             table = problem.table(self._costs[index])
             signed = -table if study.directions[index] == StudyDirection.MINIMIZE else table
@@ -186,7 +191,9 @@ class _Problem:
 
     def __init__(self, search_space: Mapping[str, BaseDistribution]) -> None:
         self.names = list(search_space)
+        self._rows: dict[int, tuple[FrozenTrial, tuple[int, ...]]] = {}
         choices = [d.choices for d in search_space.values() if isinstance(d, CategoricalDistribution)]
+        self.choices = list(zip(self.names, choices, strict=True))
         # 1, 1.0 and True are equal in Python and three choices in Optuna.
         words = {_key(choice): choice for some in choices for choice in some}
         self._words = list(words.values())
@@ -202,7 +209,13 @@ class _Problem:
 
     def read(self, trial: FrozenTrial) -> tuple[int, ...]:
         """Return a trial's plan."""
-        return tuple(self._numbers[_key(trial.params[name])] for name in self.names)
+        # Finished trials do not change, and storages give the same objects again.
+        known, row = self._rows.get(trial.number, (None, ()))
+        if known is not trial:
+            row = tuple(self._numbers[_key(trial.params[name])] for name in self.names)
+            if trial.state.is_finished():
+                self._rows[trial.number] = trial, row
+        return row
 
     def write(self, plan: Plans) -> dict[str, Any]:
         """Return a plan as parameters."""
@@ -229,8 +242,8 @@ def _key(choice: Any) -> tuple[type, Any]:
     return type(choice), choice
 
 
-def _trials(study: Study, state: TrialState) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(state,))
+def _trials(study: Study, *states: TrialState) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=states)
 
 
 def _checked(what: str, table: Table) -> Table:

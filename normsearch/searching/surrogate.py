@@ -31,11 +31,11 @@ _STRENGTH = 6.0
 #: The same for a site's share of the sites' component.
 _SITE_STRENGTH = 4.0
 _UPDATES = 15
+#: Variances are fitted to so many of the plans at most, spread over all: more change them little.
+_FITTED = 120
 #: A prior's slope before there is data, in standard deviations of the score per one of the prior, and its
 #: precision.
 _SLOPE, _SLOPE_PRECISION = 0.4, 8.0
-_GUESSED = 0.5
-_OWN_ONLY = True
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,18 @@ class PlanSurrogate:
         self._expected_of_prior = self.prior_mean(plans)
         fixed = _fixed_grams(space, plans, plans)
         if like is None:
-            self._variances, self._relevance = self._fit(fixed)
+            rows = np.linspace(0, len(plans) - 1, min(len(plans), _FITTED)).astype(int)
+            self._variances, self._relevance = self._fit(rows, fixed[:, rows][:, :, rows])
         else:
             self._variances, self._relevance = like._variances, like._relevance
         covariance = self._combined(fixed, plans) + self._variances[4] * np.eye(len(plans))
         self.inverse = np.linalg.inv(covariance)
-        self._mean, self._slopes = self._trend(self.inverse)
+        self._mean, self._slopes = _trend(self.inverse, self._z, self._expected_of_prior)
         self.weights = self.inverse @ (self._z - self._mean - self._slopes @ self._expected_of_prior)
 
     @property
     def slopes(self) -> Floats:
-        """How much of the prior's shared and own parts the plans confirm, in standard deviations of the score."""
+        """How much of the prior's shared and own parts the plans confirm, in deviations of the score."""
         return self._slopes
 
     @property
@@ -168,40 +169,33 @@ class PlanSurrogate:
         parts = zip(self._variances[:4], (shared, own, pairs, every), strict=True)
         return np.asarray(sum(variance * gram for variance, gram in parts))
 
-    def _fit(self, fixed: Floats) -> tuple[Floats, Floats]:
+    def _fit(self, rows: Plans, fixed: Floats) -> tuple[Floats, Floats]:
         """Return the five variances and the sites' relevances, the latter with sum one."""
-        n, sites = len(self._z), self.space.sites
-        low, gain_of = self.space.agreeing
-        onehot = self.space.onehot(self.plans)
-        flat = onehot.reshape(n, -1)
+        n, sites = len(rows), self.space.sites
+        z, expected_of_prior = self._z[rows], self._expected_of_prior[:, rows]
+        low, rise = self.space.agreeing
+        flat = self.space.onehot(self.plans[rows]).reshape(n, -1)
         shared, pairs, every = fixed
         grams = np.stack([shared, np.empty((n, n)), pairs, every, np.eye(n)])
-        guess = np.full(sites, 1.0 / sites)
-        if len(self._prior):
-            # A site that the prior finds important often is, even where it is wrong about the methods.
-            spread = np.square(self._prior[1] if _OWN_ONLY else self._prior.sum(0)).sum(1)
-            guess = (1 - _GUESSED) * guess + _GUESSED * spread / (spread.sum() or 1.0)
-        relevance = guess
+        relevance = np.full(sites, 1.0 / sites)
         variances = _EXPECTED.copy()
         for _ in range(_UPDATES):
-            grams[1] = _own_gram(self.space, self.plans, self.plans, relevance)
+            grams[1] = flat @ (flat * np.repeat(rise * relevance, self.space.methods)).T + low @ relevance
             inverse = np.linalg.inv((variances @ grams.reshape(5, -1)).reshape(n, n))
-            mean, slopes = self._trend(inverse)
-            weights = inverse @ (self._z - mean - slopes @ self._expected_of_prior)
+            mean, slopes = _trend(inverse, z, expected_of_prior)
+            weights = inverse @ (z - mean - slopes @ expected_of_prior)
             # gradient of the log likelihood: ½ (explained − accounted)
             explained = (grams @ weights) @ weights
             accounted = grams.reshape(5, -1) @ inverse.reshape(-1)
-            # The same for each site's C_l = low_l + gain_l Σ_k h_lk h_lkᵀ.
-            of_sites = low * weights.sum() ** 2 + gain_of * np.square(weights @ flat).reshape(sites, -1).sum(
-                1
-            )
+            # The same for each site's C_l = low_l + rise_l Σ_k h_lk h_lkᵀ.
+            of_sites = low * weights.sum() ** 2 + rise * np.square(weights @ flat).reshape(sites, -1).sum(1)
             through = (flat * (inverse @ flat)).sum(0).reshape(sites, -1).sum(1)
-            cost = low * inverse.sum() + gain_of * through
+            cost = low * inverse.sum() + rise * through
             variances = variances * np.sqrt(
                 (explained + _STRENGTH * _EXPECTED / variances**2) / (accounted + _STRENGTH / variances)
             )
             own = variances[1] * relevance
-            expected = variances[1] * guess
+            expected = variances[1] / sites
             own = own * np.sqrt(
                 (np.maximum(of_sites, 0) + _SITE_STRENGTH * expected / own**2)
                 / (np.maximum(cost, 0) + _SITE_STRENGTH / own)
@@ -209,28 +203,26 @@ class PlanSurrogate:
             relevance = own / own.sum()
         return variances, relevance
 
-    def _trend(self, inverse: Floats) -> tuple[float, Floats]:
-        """Return the mean and the slopes of the prior's parts by generalized least squares.
 
-        The mean is fitted exactly; slopes are shrunk to what is expected of them and never negative.
-        """
-        row = inverse.sum(0)
-        parts, z = self._expected_of_prior, self._z
-        centre_z, centres = float(row @ z / row.sum()), parts @ row / row.sum()
+def _trend(inverse: Floats, z: Floats, parts: Floats) -> tuple[float, Floats]:
+    """Return the mean and the slopes of the prior's parts by generalized least squares.
+
+    The mean is fitted exactly; slopes are shrunk to what is expected of them and never negative.
+    """
+    row = inverse.sum(0)
+    level, centres = float(row @ z / row.sum()), parts @ row / row.sum()
+    centred = parts - centres[:, None]
+    through = centred @ inverse
+    normal = through @ centred.T + _SLOPE_PRECISION * np.eye(len(parts))
+    wanted = through @ (z - level) + _SLOPE * _SLOPE_PRECISION
+    slopes, free = np.zeros(len(parts)), np.ones(len(parts), dtype=bool)
+    while free.any():
         slopes = np.zeros(len(parts))
-        centred = parts - centres[:, None]
-        through = centred @ inverse
-        normal = through @ centred.T + np.diag(np.full(len(parts), _SLOPE_PRECISION))
-        wanted = through @ (z - centre_z) + _SLOPE * _SLOPE_PRECISION
-        free = np.ones(len(parts), dtype=bool)
-        while free.any():
-            slopes[:] = 0
-            slopes[free] = np.linalg.solve(normal[np.ix_(free, free)], wanted[free])
-            if (slopes >= 0).all():
-                break
-            free &= slopes > 0
-            slopes = np.maximum(slopes, 0)
-        return centre_z - float(slopes @ centres), slopes
+        slopes[free] = np.linalg.solve(normal[np.ix_(free, free)], wanted[free])
+        if (slopes >= 0).all():
+            break
+        free = slopes > 0
+    return level - float(np.maximum(slopes, 0) @ centres), np.maximum(slopes, 0)
 
 
 def _own_gram(space: Space, first: Plans, second: Plans, relevance: Floats) -> Floats:
@@ -271,14 +263,13 @@ def _parts(prior: Floats, space: Space) -> Floats:
     Each has mean zero at each site and standard deviation one over random plans. Errors of a prior average
     out over sites, so that the first is often right where the second is not: each has a slope of its own.
     """
-    shown = np.where(space.allowed, prior, np.nan)
-    centred = prior - np.nanmean(shown, axis=1, keepdims=True)
-    centred = np.where(space.allowed, centred, 0.0)
-    shared = centred.sum(0) / np.maximum(space.allowed.sum(0), 1)
-    parts = []
-    for part in (np.where(space.allowed, shared, 0.0), centred - np.where(space.allowed, shared, 0.0)):
-        shown = np.where(space.allowed, part, np.nan)
-        part = np.where(space.allowed, part - np.nanmean(shown, axis=1, keepdims=True), 0.0)
-        spread = np.sqrt(np.nanvar(shown, axis=1).sum())
-        parts.append(part / (spread or 1.0))
-    return np.stack(parts)
+    shared = _centred(prior, space).sum(0) / np.maximum(space.allowed.sum(0), 1)
+    shared = _centred(np.tile(shared, (space.sites, 1)), space)
+    parts = shared, _centred(prior, space) - shared
+    return np.stack([part / (np.sqrt(np.square(part).sum(1) @ space.chance) or 1.0) for part in parts])
+
+
+def _centred(table: Floats, space: Space) -> Floats:
+    """Return a table with mean zero at each site, zero where a method is not allowed."""
+    mean = np.where(space.allowed, table, 0.0).sum(1) * space.chance
+    return np.where(space.allowed, table - mean[:, None], 0.0)
