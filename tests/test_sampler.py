@@ -293,9 +293,11 @@ def test_a_misleading_prior_costs_little() -> None:
     assert min(run(40, seed=seed, prior=wrong).best_value for seed in range(3)) >= 6
 
 
-def test_a_good_prior_saves_trials() -> None:
-    right = {f"bn{s}": {m: float(i * (s % 3 - 1)) for i, m in enumerate(METHODS)} for s in range(6)}
-    assert run(8, seed=0, prior=right).best_value >= 6
+@pytest.mark.parametrize(("direction", "sign"), [("maximize", 1), ("minimize", -1)])
+def test_a_good_prior_saves_trials(direction: str, sign: int) -> None:
+    right = {f"bn{s}": {m: sign * float(i * (s % 3 - 1)) for i, m in enumerate(METHODS)} for s in range(6)}
+    study = run(8, objective=lambda t: sign * objective(t), direction=direction, seed=0, prior=right)
+    assert sign * study.best_value >= 6
 
 
 def test_the_same_proposals_however_trials_are_stored(tmp_path: Any) -> None:

@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.search.factorials import FACTORIALS
-from benchmarks.search.runs import CONTENDERS, PROBLEMS, Ledger, Run, study
+from benchmarks.search.runs import CONTENDERS, PROBLEMS, Ledger, Run, spread, study
 
 RESULTS = Path(__file__).parents[1] / "results"
 FIRST_SEED = 7000
@@ -64,13 +64,6 @@ class Bar:
     landscape: str
     found: str
     holds: bool
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Return mean and standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(
-        values
-    ) > 1 else 0.0
 
 
 def trials_of(landscape: str) -> tuple[int, ...]:

@@ -161,6 +161,13 @@ def study(problem: Problem, name: str, seed: int, trials: int | None = None) -> 
     return run
 
 
+def spread(values: list[float]) -> tuple[float, float]:
+    """Return mean and standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(
+        values
+    ) > 1 else 0.0
+
+
 def source_hash(*paths: Path) -> str:
     """Return a hash of data and of code, which does not depend on the code's layout and words."""
     digest = hashlib.sha256()

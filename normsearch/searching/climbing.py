@@ -74,12 +74,12 @@ class _SurrogateWalk:
     def __init__(self, surrogate: PlanSurrogate, plans: Plans) -> None:
         self._surrogate, self._plans = surrogate, plans.copy()
         space = surrogate.space
-        sites, methods = space.sites, space.methods
+        sites = space.sites
         shared, own, pairs, every = surrogate.variances[:4]
         self._own = own * surrogate.relevance / sites
         self._pairs = pairs / max(sites - 1, 1)
         self._every = 2 * every / max(sites * (sites - 1), 1)
-        self._shared = shared / (sites - 1 * sites / methods)
+        self._shared = shared / (sites * (1 - 1 / space.methods))
         low, gain = space.agreeing
         # c_l of every method with every evaluated plan, (L, n, K), and of these plans, (L, S, n).
         self._c_of = np.moveaxis(low[:, None] + gain[:, None] * space.onehot(surrogate.plans), 1, 0).copy()
@@ -94,6 +94,7 @@ class _SurrogateWalk:
         self._index = np.arange(len(plans))
 
     def changes(self, site: int, deviations: bool) -> tuple[Floats, Floats]:
+        # Without deviations they are given as almost zero: they take most of the time.
         surrogate = self._surrogate
         before = self._plans[:, site]
         cross = self._changed(site)

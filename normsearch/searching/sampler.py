@@ -29,9 +29,9 @@ class NormSampler(BaseSampler):
 
     The first trials are the uniform plans and, without a prior, designs in which every site meets every
     method once; then each proposal climbs, one site at a time, to where mean + h·deviation of the process
-    (see ``normsearch.searching.surrogate``) is best, with h = 2, 0.5, 0 in turn. No plan is proposed twice, and
-    running trials count as if they had returned what is expected of them. Proposals depend on the seed, the
-    trial's number and the trials so far only: a study that is resumed goes on as it would have.
+    (see ``normsearch.searching.surrogate``) is best, with h = 2, 0.5, 0 in turn. No plan is proposed twice,
+    and running trials count as if they had returned what is expected of them. Proposals depend on the seed,
+    the trial's number and the trials so far only: a study that is resumed goes on as it would have.
 
     A trial whose constraints are violated, or whose score is infinitely bad, counts as the worst so far; the
     plan of a failed or pruned trial is not proposed again. Parameters other than categoricals,
@@ -159,18 +159,16 @@ class NormSampler(BaseSampler):
         waiting: Plans,
     ) -> Goal:
         values = np.array([t.values[index] for t in done], dtype=np.float64)
-        if study.directions[index] == StudyDirection.MINIMIZE:
-            values = -values
+        sign = -1.0 if study.directions[index] == StudyDirection.MINIMIZE else 1.0
+        values *= sign
         infeasible = np.array([any(v > 0 for v in t.constraints.values()) for t in done])
         # As bad as the worst: the process learns to stay away, whatever such a plan scored.
         finite = np.isfinite(values)
         worst = values[finite].min() if finite.any() else 0.0
         values = np.where(infeasible | ~finite, worst, values)
         if index in self._costs:
-            table = problem.table(self._costs[index])
-            signed = -table if study.directions[index] == StudyDirection.MINIMIZE else table
-            return Goal(values, KnownSum(signed))
-        prior = problem.table(self._prior) if self._prior is not None and index == 0 else None
+            return Goal(values, KnownSum(sign * problem.table(self._costs[index])))
+        prior = sign * problem.table(self._prior) if self._prior is not None and index == 0 else None
         return Goal(values, _fitted(problem.space, plans, values, prior, waiting))
 
 
