@@ -37,6 +37,9 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.gan
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.search.factorials
+	$(BIN)/python -m benchmarks.search.regret
+	$(BIN)/python -m benchmarks.search.fronts
 
 clean:
 	rm -rf .venv demo-output
