@@ -197,12 +197,12 @@ class _Worker:
         self, trial_id: int, evaluate: Callable[[Trial], float | Sequence[float]], lease: HeldLease
     ) -> _Outcome | None:
         try:
-            trial = self._ask(trial_id)
+            trial = persistently(partial(self._ask, trial_id), self._terms)
             outcome = self._evaluated(trial, evaluate)
             told = persistently(partial(self._tell, trial, outcome, lease), self._terms)
             return outcome if told else None
         except BaseException as error:
-            if isinstance(error, Exception) and not lease.is_held():
+            if isinstance(error, Exception) and not persistently(lease.is_held, self._terms):
                 return None
             lease.give_back()
             raise
