@@ -24,6 +24,7 @@ SPACE = {f"bn{site}": CategoricalDistribution(METHODS) for site in range(3)}
 SHORT = LeaseTerms(beat=0.05, patience=0.4)
 #: No lease expires during a test.
 LONG = LeaseTerms(beat=100, patience=1000)
+QUICK = LeaseTerms(beat=0.05, patience=1000)
 
 
 @pytest.fixture(autouse=True)
@@ -264,19 +265,53 @@ class TestFalselyDead:
         assert starts[0] == starts[1]
         assert states(study) == ["COMPLETE"] * 2
 
-    def test_parameters_that_were_overwritten_are_run_again(self, tmp_path: Path) -> None:
+    def test_parameters_that_were_overwritten_are_restored(self, tmp_path: Path) -> None:
         study, starts = make_study(open_storage(tmp_path / "j")), []
 
         def evaluate(trial: Trial) -> float:
-            starts.append(trial.number)
-            if len(starts) == 1:
-                study._storage.set_trial_param(trial._trial_id, "bn1", 3, SPACE["bn1"])
+            starts.append(tuple(trial.params.values()))
+            study._storage.set_trial_param(trial._trial_id, "bn1", 3, SPACE["bn1"])
             return score(trial)
 
         run(study, evaluate, n=1)
-        assert starts == [0, 0]
-        assert study.trials[0].params["bn1"] == "instance"
+        assert starts == [("batch", "batch", "batch")]
+        assert study.trials[0].params == dict.fromkeys(SPACE, "batch")
         assert study.trials[0].value == score(study.trials[0])
+
+    def test_one_that_was_proposing_parameters_leaves_the_others_alone(self, storage: BaseStorage) -> None:
+        study, second = make_study(storage), make_study(storage)
+        begins, goes_on, plans = threading.Event(), threading.Event(), []
+
+        def evaluate(trial: Trial) -> float:
+            plans.append(dict(trial.params))
+            begins.set()
+            assert goes_on.wait(20)
+            return score(trial)
+
+        other = threading.Thread(target=run, args=(second, evaluate), kwargs={"n": 1, "terms": QUICK})
+        propose = study.sampler.sample_independent
+
+        def stall(study: optuna.Study, trial: FrozenTrial, name: str, *given: Any) -> Any:
+            if name != "bn1" or other.ident is not None:
+                return propose(study, trial, name, *given)
+            taken_over(study, trial._trial_id)
+            other.start()
+            assert begins.wait(20)
+            time.sleep(2 * QUICK.beat)
+            return "instance"
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(study.sampler, "sample_independent", stall)
+            first = threading.Thread(target=run, args=(study, evaluate), kwargs={"n": 1, "terms": QUICK})
+            first.start()
+            assert begins.wait(20)
+            time.sleep(4 * QUICK.beat)
+            goes_on.set()
+            for thread in (first, other):
+                thread.join(20)
+        assert plans == [dict.fromkeys(SPACE, "batch")]
+        assert study.trials[0].params == plans[0]
+        assert states(study) == ["COMPLETE"]
 
 
 def taken_over(study: optuna.Study, trial_id: int) -> None:

@@ -197,7 +197,7 @@ class _Worker:
         self, trial_id: int, evaluate: Callable[[Trial], float | Sequence[float]], lease: HeldLease
     ) -> _Outcome | None:
         try:
-            trial = persistently(partial(self._ask, trial_id), self._terms)
+            trial = persistently(partial(self._ask, trial_id, lease), self._terms)
             outcome = self._evaluated(trial, evaluate)
             told = persistently(partial(self._tell, trial, outcome, lease), self._terms)
             return outcome if told else None
@@ -207,14 +207,24 @@ class _Worker:
             lease.give_back()
             raise
 
-    def _ask(self, trial_id: int) -> Trial:
-        """Return the trial with its parameters: ``Study.ask``, but of a trial that is leased already."""
-        # The sampler shall see the trials of now.
-        self._study._thread_local.cached_all_trials = None
-        trial = Trial(self._study, trial_id)
-        for name, distribution in self._distributions.items():
-            trial._suggest(name, distribution)
-        return trial
+    def _ask(self, trial_id: int, lease: HeldLease) -> Trial:
+        """Return the trial with its parameters: ``Study.ask``, but of a trial that is leased already.
+
+        Raises:
+            UpdateFinishedTrialError: it is another worker's now.
+
+        """
+        while True:
+            # The sampler shall see the trials of now.
+            self._study._thread_local.cached_all_trials = None
+            trial = Trial(self._study, trial_id)
+            for name, distribution in self._distributions.items():
+                # Parameters must not be written over those with which another worker runs it by now.
+                if not lease.is_fresh():
+                    raise UpdateFinishedTrialError(f"trial {trial.number} was taken over")
+                trial._suggest(name, distribution)
+            if self._storage.get_trial(trial_id).params == trial.params:
+                return trial
 
     def _evaluated(self, trial: Trial, evaluate: Callable[[Trial], float | Sequence[float]]) -> _Outcome:
         try:
@@ -233,8 +243,7 @@ class _Worker:
         """Finish a trial; say whether it was this worker's to finish."""
         if not lease.is_held():
             return False
-        if self._storage.get_trial(trial._trial_id).params != trial.params:
-            # Somebody who was thought dead wrote other parameters meanwhile: these values are not theirs.
+        if not self._keeps_parameters(trial):
             lease.give_back()
             return False
         try:
@@ -246,6 +255,19 @@ class _Worker:
                 raise
             return False
         return True
+
+    def _keeps_parameters(self, trial: Trial) -> bool:
+        """Say whether a trial still has the parameters that were evaluated, and restore them if possible.
+
+        Another worker, thought dead while it proposed them, may have come back and written one of its own.
+        """
+        stored = self._storage.get_trial(trial._trial_id).params
+        for name in trial.params:
+            if stored.get(name) != trial.params[name]:
+                distribution = trial.distributions[name]
+                internal = distribution.to_internal_repr(trial.params[name])
+                self._storage.set_trial_param(trial._trial_id, name, internal, distribution)
+        return self._storage.get_trial(trial._trial_id).params == trial.params
 
 
 def _checked(returned: Any, wanted: int) -> _Outcome:
