@@ -37,6 +37,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.gan
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.search.workers
 
 clean:
 	rm -rf .venv demo-output

@@ -141,11 +141,11 @@ class Workers:
         return process
 
     def at_work(self, rng: random.Random, stopped: set[int]) -> BaseProcess | None:
-        """Return one that has opened the study and is not stopped; None if all others have ended."""
+        """Return one that is at work, as soon as all but one are or are stopped; None if all have ended."""
         while True:
             running = [process for process in self.alive if process.is_alive() and process.pid not in stopped]
             ready = [p for p in running if (self._task.folder / f"ready-{p.pid}").exists()]
-            if ready or not running:
+            if len(ready) >= len(running) - 1:
                 return rng.choice(ready) if ready else None
             time.sleep(0.01)
 

@@ -1,8 +1,8 @@
 """What several workers on one study gain, and lose: speed-up on trials that sleep, and storms of kills.
 
-``python -m benchmarks.search.workers`` writes benchmarks/results/search_workers.json. The clock of the speed-up starts
-when every worker has opened the study and stops when the last one's loop has ended, waiting for others included:
-imports and connecting are left out.
+``python -m benchmarks.search.workers`` writes benchmarks/results/search_workers.json. The clock of the
+speed-up starts when every worker has opened the study and stops when the last one's loop has ended, waiting
+for others included: imports and connecting are left out.
 """
 
 from __future__ import annotations

@@ -176,9 +176,16 @@ class HeldLease:
 
     def is_held(self) -> bool:
         """Say whether the trial is still this worker's to finish."""
-        trial = self._storage.get_trial(self._trial_id)
+        return self.covers(self._storage.get_trial(self._trial_id))
+
+    def covers(self, trial: FrozenTrial) -> bool:
+        """Say the same of a trial that has just been read."""
         lease = trial.system_attrs.get(LEASE) or {}
         return trial.state == TrialState.RUNNING and lease.get("holder") == self._holder
+
+    def is_second_hand(self) -> bool:
+        """Say whether another worker may have had the trial before."""
+        return bool(self._entry["attempt"] > 1)
 
     def is_fresh(self) -> bool:
         """Say whether it is held, asking only where a beat has passed since: cheap before each write."""

@@ -223,7 +223,8 @@ class _Worker:
                 if not lease.is_fresh():
                     raise UpdateFinishedTrialError(f"trial {trial.number} was taken over")
                 trial._suggest(name, distribution)
-            if self._storage.get_trial(trial_id).params == trial.params:
+            # Of a new trial, nobody else has written any.
+            if not lease.is_second_hand() or self._storage.get_trial(trial_id).params == trial.params:
                 return trial
 
     def _evaluated(self, trial: Trial, evaluate: Callable[[Trial], float | Sequence[float]]) -> _Outcome:
@@ -241,9 +242,10 @@ class _Worker:
 
     def _tell(self, trial: Trial, outcome: _Outcome, lease: HeldLease) -> bool:
         """Finish a trial; say whether it was this worker's to finish."""
-        if not lease.is_held():
+        stored = self._storage.get_trial(trial._trial_id)
+        if not lease.covers(stored):
             return False
-        if not self._keeps_parameters(trial):
+        if not self._keeps_parameters(trial, stored):
             lease.give_back()
             return False
         try:
@@ -256,17 +258,16 @@ class _Worker:
             return False
         return True
 
-    def _keeps_parameters(self, trial: Trial) -> bool:
+    def _keeps_parameters(self, trial: Trial, stored: FrozenTrial) -> bool:
         """Say whether a trial still has the parameters that were evaluated, and restore them if possible.
 
         Another worker, thought dead while it proposed them, may have come back and written one of its own.
         """
-        stored = self._storage.get_trial(trial._trial_id).params
-        for name in trial.params:
-            if stored.get(name) != trial.params[name]:
-                distribution = trial.distributions[name]
-                internal = distribution.to_internal_repr(trial.params[name])
-                self._storage.set_trial_param(trial._trial_id, name, internal, distribution)
+        if stored.params == trial.params:
+            return True
+        for name, distribution in trial.distributions.items():
+            internal = distribution.to_internal_repr(trial.params[name])
+            self._storage.set_trial_param(trial._trial_id, name, internal, distribution)
         return self._storage.get_trial(trial._trial_id).params == trial.params
 
 
