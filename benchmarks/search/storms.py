@@ -60,7 +60,7 @@ class Verdict:
         complete: trials that are complete and count.
         lost: numbers that should be complete and are not.
         twice: numbers that were told more than once, or that count beyond the budget.
-        stuck: trials that still run or wait.
+        stuck: trials that still run, or wait though they are within the budget.
         wrong: trials whose value is not that of their parameters, or whose parameters changed.
         repeated: trials that were begun more than once.
         surplus: trials that did not count.
@@ -248,12 +248,15 @@ def verdict(study: optuna.Study, task: Work, struck: int) -> Verdict:
         for number, plan in begun
         if int(number) in complete and plan != "/".join(complete[int(number)].params[name] for name in SPACE)
     }
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    # One too many may wait for ever: it was made by a worker that was killed before it could drop it.
+    waiting = [trial for trial in counted[: task.n_trials] if trial.state == TrialState.WAITING]
     return Verdict(
         complete=len(complete),
         lost=sorted(trial.number for trial in counted[: task.n_trials] if trial.number not in complete)
         + list(range(len(counted), task.n_trials)),
         twice=sorted(twice),
-        stuck=sorted(t.number for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)),
+        stuck=sorted({trial.number for trial in [*running, *waiting]}),
         wrong=sorted(wrong),
         repeated=sum(times > 1 for times in starts.values()),
         surplus=len(trials) - len(counted),

@@ -171,19 +171,23 @@ class _Worker:
         except UpdateFinishedTrialError:
             return False
 
-    def _create(self) -> int | None:
-        """Make a trial; None if others were faster and the budget is full: the lowest numbers count."""
+    def _create(self) -> int:
         template = create_trial(state=TrialState.RUNNING, system_attrs=self._leases.first())
-        trial_id = self._storage.create_new_trial(self._study._study_id, template)
-        counted = [trial._trial_id for trial in counted_trials(self._trials())]
-        if trial_id in counted[: self._n_trials]:
-            return trial_id
+        return self._storage.create_new_trial(self._study._study_id, template)
+
+    def _is_surplus(self, trial: Trial) -> bool:
+        """Say whether others were faster and the budget was full: the lowest numbers count."""
+        if trial.number < self._n_trials:
+            return False
+        counted = [one.number for one in counted_trials(self._trials())]
+        return trial.number not in counted[: self._n_trials]
+
+    def _drop(self, trial_id: int) -> None:
         with suppress(UpdateFinishedTrialError):
             self._storage.set_trial_system_attr(trial_id, _SURPLUS, True)
             message = f"not needed: the study has its {self._n_trials} trials"
             self._storage.set_trial_user_attr(trial_id, ERROR, message)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        return None
 
     def run(self, trial_id: int, evaluate: Callable[[Trial], float | Sequence[float]]) -> _Outcome | None:
         """Run a trial and tell what came out; None if it is another worker's now."""
@@ -198,6 +202,9 @@ class _Worker:
     ) -> _Outcome | None:
         try:
             trial = persistently(partial(self._ask, trial_id, lease), self._terms)
+            if trial is None:
+                persistently(partial(self._drop, trial_id), self._terms)
+                return None
             outcome = self._evaluated(trial, evaluate)
             told = persistently(partial(self._tell, trial, outcome, lease), self._terms)
             return outcome if told else None
@@ -207,8 +214,10 @@ class _Worker:
             lease.give_back()
             raise
 
-    def _ask(self, trial_id: int, lease: HeldLease) -> Trial:
-        """Return the trial with its parameters: ``Study.ask``, but of a trial that is leased already.
+    def _ask(self, trial_id: int, lease: HeldLease) -> Trial | None:
+        """Return the trial with its parameters, or None if it is one too many.
+
+        This is ``Study.ask``, but of a trial that is leased already.
 
         Raises:
             UpdateFinishedTrialError: it is another worker's now.
@@ -218,6 +227,8 @@ class _Worker:
             # The sampler shall see the trials of now.
             self._study._thread_local.cached_all_trials = None
             trial = Trial(self._study, trial_id)
+            if self._is_surplus(trial):
+                return None
             for name, distribution in self._distributions.items():
                 # Parameters must not be written over those with which another worker runs it by now.
                 if not lease.is_fresh():
