@@ -40,6 +40,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.search.factorials
 	$(BIN)/python -m benchmarks.search.regret
 	$(BIN)/python -m benchmarks.search.fronts
+	$(BIN)/python -m benchmarks.search.workers
 
 clean:
 	rm -rf .venv demo-output

@@ -241,7 +241,8 @@ def _key(choice: Any) -> tuple[type, Any]:
 
 
 def _trials(study: Study, *states: TrialState) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=states)
+    # As Optuna's own samplers do: one read per trial, however often they are asked for.
+    return study._get_trials(deepcopy=False, states=states, use_cache=True)
 
 
 def _checked(what: str, table: Table) -> Table:
