@@ -23,6 +23,7 @@ from normsearch.plans import Plan
 
 # Optuna takes half a second to import: inside the commands, so that --help does not wait for it.
 if TYPE_CHECKING:
+    from normsearch.reporting import Document
     from normsearch.searching import Constraint, SearchResult
 
 
@@ -161,8 +162,8 @@ def search(
         typer.Option(
             "--output",
             "-o",
-            help="A folder for model.safetensors, plan.json, report.html and report.json; or NAME.safetensors,"
-            " and the others beside it. [default: a folder named after the study]",
+            help="A folder for model.safetensors, plan.json, report.html and report.json; or "
+            "NAME.safetensors, and the others beside it. [default: a folder named after the study]",
             show_default=False,
         ),
     ] = None,
@@ -210,8 +211,10 @@ def search(
             top=top,
             on_progress=follow,
         )
+    metric = getattr(getattr(objective, "metric", None), "__name__", "score")
     with _kept(kept), progress(f"writing {places[0]}"):
-        _write(found, places, title or name, force=force)
+        report = searching.search_report(found, score=metric, title=title)
+        _write(found, report, places, force=force)
     if as_json:
         print_json(
             {
@@ -332,11 +335,14 @@ def _kept(storage: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _write(found: SearchResult, places: tuple[Path, Path, Path, Path], title: str, *, force: bool) -> None:
+def _write(
+    found: SearchResult, report: Document, places: tuple[Path, Path, Path, Path], *, force: bool
+) -> None:
     weights, plan, page, _ = places
     weights.parent.mkdir(exist_ok=True)
     save(found.model, weights, plan=found.best, force=force)
     write_text(plan, found.best.to_json(), force=force)
+    report.save(page, force=force)
 
 
 def _said(best: Plan) -> str:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from normsearch.dependence import BatchDependence
 from normsearch.methods import Refusal
+from normsearch.reporting import search_sections
 from normsearch.reports import Profile
 
 
@@ -279,7 +280,18 @@ class Notes:
     refusals: tuple[Refusal, ...] = ()
 
 
-Section = Summary | Metric | CalibrationPart | Layers | HeatMap | Gates | Cost | Dependence | Notes
+Section = (
+    Summary
+    | Metric
+    | CalibrationPart
+    | Layers
+    | HeatMap
+    | Gates
+    | Cost
+    | Dependence
+    | search_sections.SearchSection
+    | Notes
+)
 
 #: Every kind of section that is written and read back.
 SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
@@ -292,6 +304,14 @@ SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
         "gates": Gates,
         "cost": Cost,
         "dependence": Dependence,
+        "search": search_sections.SearchPart,
+        "scores": search_sections.Scores,
+        "chosen": search_sections.Chosen,
+        "trials": search_sections.Trials,
+        "front": search_sections.Front,
+        "effects": search_sections.Effects,
+        "importances": search_sections.Importances,
+        "costs": search_sections.Costs,
         "notes": Notes,
     }
 )

@@ -18,6 +18,8 @@ from normsearch.sensitivities import Sensitivity
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from normsearch.reporting import Document
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -54,6 +56,13 @@ class SearchResult:
     def params(self) -> Mapping[str, Any]:
         """The study's parameters of the best plan."""
         return self.candidates[self.chosen].params
+
+    def report(self, *, score: str = "score", title: str | None = None) -> Document:
+        """Return the report, as ``search_report`` makes it; ``report().save("report.html")`` writes it."""
+        # That module imports this one.
+        from normsearch.searching.documents import search_report
+
+        return search_report(self, score=score, title=title)
 
     def __rich__(self) -> Table:
         from rich import box
