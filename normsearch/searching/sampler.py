@@ -94,7 +94,14 @@ class NormSampler(BaseSampler):
         running = [
             t for t in _trials(study, TrialState.RUNNING) if problem.holds(t) and t.number != trial.number
         ]
-        seen = {problem.read(t) for t in (*done, *running)}
+        # A plan that is too expensive, or that fails, would be no other next time.
+        given_up = [
+            t
+            for state in (TrialState.PRUNED, TrialState.FAIL)
+            for t in _trials(study, state)
+            if problem.holds(t)
+        ]
+        seen = {problem.read(t) for t in (*done, *running, *given_up)}
         first = next((plan for plan in self._first(problem) if tuple(plan) not in seen), None)
         if first is not None or len(done) < 2:
             return problem.write(problem.space.random(rng) if first is None else first)
