@@ -30,9 +30,9 @@ class SearchResult:
         model: the network converted by it and trained as the objective trains.
         study: Optuna's study, with every trial.
         space: what was searched.
-        confirmation: the plans that were run again, the best uniform one first.
-        chosen: index of ``best`` there.
-        candidates: their parameters.
+        confirmation: the plans that were run again, the best uniform one first; empty with ``confirm=0``.
+        chosen: index of ``best`` there and in ``candidates``.
+        candidates: the plans' parameters.
         same_split: whether confirmation used the data of the search, under fresh seeds alone.
         costs: what each method costs at each site; None where nothing asked for it.
         sensitivity: drift of single changes; None without inputs.
