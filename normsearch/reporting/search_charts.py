@@ -21,6 +21,10 @@ _SHAPES: dict[str, Sequence[tuple[float, float]]] = {
     "uniform": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
     "prior": ((0, -1.1), (1.05, 0.8), (-1.05, 0.8)),
     "learned": ((0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)),
+    "below": ((-1, -0.6), (1, -0.6), (0, 1.1)),
+    "above": ((-1, 0.6), (1, 0.6), (0, -1.1)),
+    "left": ((0.6, -1), (0.6, 1), (-1.1, 0)),
+    "right": ((-0.6, -1), (-0.6, 1), (1.1, 0)),
     "sampler": tuple((math.cos(a * math.pi / 8), math.sin(a * math.pi / 8)) for a in range(16)),
 }
 #: Scores further below the middle half than so many times its spread are drawn at the edge.
@@ -31,12 +35,15 @@ _LONGEST_NAME = 26
 def scores_chart(scores: Scores, *, width: int) -> Markup:
     """Draw a line per plan: its score in the search, and those in the confirmation with their spread."""
     wide = width > 600
-    values = [v for row in scores.rows for v in (*row.scores, row.searched) if v is not None]
+    confirmed = [score for row in scores.rows for score in row.scores]
+    single = [row.searched for row in scores.rows if row.searched is not None]
+    values = [*confirmed, *_near(single, maximize=scores.goal.maximize)]
     step = 34 if wide else 46
     frame = Frame(
         width,
         height=40 + step * len(scores.rows),
-        left=210 if wide else 14,
+        left=min(34 + 7 * max(len(_shortened(row.name)) for row in scores.rows), 210) if wide else 24,
+        right=24,
         top=8,
         bottom=32,
     )
@@ -45,7 +52,7 @@ def scores_chart(scores: Scores, *, width: int) -> Markup:
     root = figure(width, frame.height, label, _said_scores(scores))
 
     def x(value: float) -> float:
-        return frame.x((value - low) / (high - low))
+        return frame.x(min(max((value - low) / (high - low), 0.0), 1.0))
 
     for tick in ticks:
         add(root, "line", "grid", x1=x(tick), x2=x(tick), y1=frame.top, y2=frame.height - frame.bottom)
@@ -118,16 +125,26 @@ def trials_chart(trials: Trials, *, width: int) -> Markup:
     size = 5.0 if count <= 120 else 3.5
     # The plan that was taken is drawn last, above the others.
     for row in sorted(scored, key=lambda row: row.chosen):
-        inside = low <= row.values[0] <= high
+        shape = "below" if row.values[0] < low else "above" if row.values[0] > high else row.origin
         classes = f"mark {row.origin}{'' if row.state == 'complete' else ' infeasible'}"
         place = x(row.number), y(row.values[0])
         if row.chosen:
             add(root, "circle", "ring", cx=place[0], cy=place[1], r=size + 4)
-        _mark(root, classes, row.origin, *place, size, told(row) + ("" if inside else ", beyond the axis"))
+        beyond = "" if shape == row.origin else ", beyond the axis"
+        _mark(root, classes, shape, *place, size, told(row) + beyond)
     for row in trials.rows:
         if row.state in ("failed", "pruned"):
             _cross(root, x(row.number), foot, told(row))
     return markup(root)
+
+
+def beyond(trials: Trials) -> str | None:
+    """Return where scores lie that are drawn at the edge, ``below`` or ``above``; None without any."""
+    values = [row.values[0] for row in trials.rows if row.values]
+    maximize = trials.goals[0].maximize
+    if len(_near(values, maximize=maximize)) == len(values):
+        return None
+    return "below" if maximize else "above"
 
 
 def running_best(trials: Trials) -> list[tuple[int, float]]:
@@ -187,7 +204,9 @@ def key(kind: str) -> Markup:
     """Return the mark of a legend: an origin, or one of searched, seed, mean, best, failed and infeasible."""
     root = figure(18, 16, kind, kind)
     root.set("class", "keymark")
-    if kind in _SHAPES:
+    if kind in ("below", "above"):
+        _mark(root, "mark plain", kind, 9, 8, 5, "")
+    elif kind in _SHAPES:
         _mark(root, f"mark {kind}", kind, 9, 8, 5, "")
     elif kind in ("searched", "seed"):
         _mark(root, kind, "sampler", 9, 8, 5 if kind == "searched" else 3, "")

@@ -8,7 +8,7 @@ from statistics import fmean, quantiles, stdev
 from typing import Any
 
 from normsearch.reporting import search_charts
-from normsearch.reporting.search_sections import Effects, Front, FrontPoint, Scores, Trials
+from normsearch.reporting.search_sections import Effects, Front, FrontPoint, Scores, SearchPart, Trials
 
 #: What the origins of trials are called, in the order of a legend.
 ORIGINS = {
@@ -67,6 +67,11 @@ def in_order(points: Sequence[FrontPoint], front: Front) -> list[FrontPoint]:
     return sorted(points, key=lambda point: (sign * point.values[0], point.number))
 
 
+def finished(search: SearchPart) -> int:
+    """Return how many trials have ended."""
+    return sum(n for state, n in search.states.items() if state not in ("running", "waiting"))
+
+
 def _units(front: Front, goal: int) -> tuple[float, str]:
     return search_charts.units(front.goals[goal].name, [point.values[goal] for point in front.points])
 
@@ -85,10 +90,12 @@ def _front_chart(front: Front, other: int, width: int) -> Any:
 
 #: The filters of the templates.
 SEARCH_FILTERS: dict[str, Any] = {
+    "beyond": search_charts.beyond,
     "change": change,
     "effect": effect,
     "effect_scale": effect_scale,
     "error": error,
+    "finished": finished,
     "front_chart": _front_chart,
     "goal_unit": lambda front, goal: _units(front, goal)[1],
     "in_order": in_order,

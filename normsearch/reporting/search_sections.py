@@ -27,6 +27,7 @@ class Outcome:
         uniform: whether it is the same method wherever that may stand.
         score: the mean over the seeds of the confirmation.
         seeds: their number; 0 where the search is not confirmed yet, and ``score`` is one trial's.
+        mixes: how many mixes were confirmed.
         same_split: whether the confirmation used the data of the search.
         reference: name of the best uniform plan; None without one.
         gain: mean difference to it, seed by seed; None for that plan itself.
@@ -39,6 +40,7 @@ class Outcome:
     uniform: bool
     score: float | None
     seeds: int
+    mixes: int = 0
     same_split: bool = False
     reference: str | None = None
     gain: float | None = None

@@ -117,8 +117,8 @@ def _known(found: SearchResult | Search, score: str) -> _Known:
             found,
             found.model,
             score,
-            found.confirmation[found.chosen].number,
-            next((row.number for row in found.confirmation if row.uniform is not None), None),
+            found.candidates[found.chosen].number,
+            next((one.number for one in found.candidates if one.uniform is not None), None),
             {row.number: row for row in found.confirmation},
             found.same_split,
             found.sensitivity,
@@ -181,6 +181,7 @@ class _Maker:
             uniform=known.best in self._uniform,
             score=trial.values[0] if row is None else parts.finite(row.mean),
             seeds=0 if row is None else len(row.scores),
+            mixes=sum(number not in self._uniform for number in known.confirmed),
             same_split=known.same_split,
             reference=None if known.reference is None else self._name(known.reference),
             gain=None if row is None else parts.finite(row.gain),
@@ -395,6 +396,11 @@ class _Maker:
                     "The plans were confirmed on the data that they were chosen by, under fresh seeds alone: "
                     "their scores there flatter them. A Task, or an objective with a confirm method, keeps "
                     "data for it."
+                )
+            if seeds > 1 and all(len(set(row.scores)) == 1 for row in known.confirmed.values()):
+                said.append(
+                    "Every seed gave the same scores: nothing that the objective does depends on the seed, "
+                    "so that the errors say nothing of the noise."
                 )
             if seeds == 1:
                 said.append("The confirmation has a single seed: it says nothing of the noise.")
