@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from normsearch.reporting import charts, sections
-from normsearch.reporting.search_page import EFFECT_WORDS, ORIGINS, SEARCH_FILTERS
+from normsearch.reporting.search_page import ORIGINS, SEARCH_FILTERS
 from normsearch.text import STEPS, percent, visible
 
 if TYPE_CHECKING:
@@ -91,7 +91,6 @@ def _environment() -> Environment:
         "names": _NAMES,
         "calibration_steps": STEPS,
         "most_rows": _MOST_ROWS,
-        "effect_bounds": EFFECT_WORDS,
         "origin_names": ORIGINS,
     }
     return environment

@@ -114,7 +114,7 @@ def trials_chart(trials: Trials, *, width: int) -> Markup:
     for number in range(0, count, _stride(count, 10 if width > 600 else 5)):
         add(root, "text", "tick middle", str(number), x=x(number), y=frame.height - 8)
     best = running_best(trials)
-    path = []
+    path: list[tuple[float, float]] = []
     for number, value in best:
         if path:
             path.append((x(number), path[-1][1]))
@@ -182,22 +182,38 @@ def front_chart(front: Front, other: int, *, width: int) -> Markup:
         add(root, "text", "tick middle", f"{tick:,.6g}", x=place, y=frame.height - 28)
     add(root, "text", "tick middle", beside.name + unit, x=frame.x(0.5), y=frame.height - 8)
     if len(front.goals) == 2:
-        best = sorted((p for p in points if p.best), key=lambda p: p.values[other])
-        line = " ".join(f"{x(p.values[other]):.1f},{y(p.values[0]):.1f}" for p in best)
-        add(root, "polyline", "line best", points=line)
+        best = [(x(p.values[other]), y(p.values[0])) for p in points if p.best]
+        corners = _staircase(best, maximize=beside.maximize)
+        add(root, "polyline", "line best", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in corners))
     for point in sorted(points, key=lambda p: (p.chosen, p.best)):
-        _front_mark(root, front, point, x(point.values[other]), y(point.values[0]))
+        score = point.values[0]
+        edge = "below" if score < low_y else "above" if score > high_y else None
+        _front_mark(root, front, point, (x(point.values[other]), y(score)), edge)
     return markup(root)
 
 
-def _front_mark(root: ElementTree.Element, front: Front, point: FrontPoint, x: float, y: float) -> None:
-    shape = "sampler" if point.name is None else "uniform"
+def _staircase(places: Sequence[tuple[float, float]], *, maximize: bool) -> list[tuple[float, float]]:
+    """Return the edge of what a front beats, from left to right: each corner is beaten by both its ends."""
+    corners: list[tuple[float, float]] = []
+    for place in sorted(places):
+        if corners:
+            before = corners[-1]
+            corners.append((before[0], place[1]) if maximize else (place[0], before[1]))
+        corners.append(place)
+    return corners
+
+
+def _front_mark(
+    root: ElementTree.Element, front: Front, point: FrontPoint, place: tuple[float, float], edge: str | None
+) -> None:
+    kind = "sampler" if point.name is None else "uniform"
     if point.chosen:
-        add(root, "circle", "ring", cx=x, cy=y, r=9)
+        add(root, "circle", "ring", cx=place[0], cy=place[1], r=9)
     said = ", ".join(f"{g.name} {v:.4g}" for g, v in zip(front.goals, point.values, strict=True))
     name = point.name or f"trial {point.number}"
-    classes = f"mark {shape}{'' if point.best else ' beaten'}"
-    _mark(root, classes, shape, x, y, 5, f"{name}: {said}{', on the front' if point.best else ''}")
+    where = f"{', on the front' if point.best else ''}{', beyond the axis' if edge else ''}"
+    classes = f"mark {kind}{'' if point.best else ' beaten'}"
+    _mark(root, classes, edge or kind, *place, 5, f"{name}: {said}{where}")
 
 
 def key(kind: str) -> Markup:

@@ -19,8 +19,6 @@ ORIGINS = {
 }
 #: Upper bounds of the colours of worse and neutral effects, as shares of the scale; better ones mirror them.
 _BOUNDS = (-0.8, -0.35, -0.08)
-#: What the legend says of the colours between the two ends.
-EFFECT_WORDS = ("", "", "", "no change", "", "")
 
 
 def effect_scale(effects: Effects) -> float:
@@ -38,6 +36,13 @@ def effect(mean: float, scale: float) -> int:
     if share <= _BOUNDS[-1]:
         return next(number for number, bound in enumerate(_BOUNDS) if share <= bound)
     return 6 - next((number for number, bound in enumerate(_BOUNDS) if share >= -bound), 3)
+
+
+def effect_legend(scale: float) -> list[str]:
+    """Return what each colour of an effect stands for."""
+    bounds = [scale * bound for bound in _BOUNDS]
+    worse = [f"≤ {change(bound)}" for bound in bounds]
+    return [*worse, "no change", *(f"≥ {change(-bound)}" for bound in reversed(bounds))]
 
 
 def change(value: float, digits: int = 2) -> str:
@@ -93,6 +98,7 @@ SEARCH_FILTERS: dict[str, Any] = {
     "beyond": search_charts.beyond,
     "change": change,
     "effect": effect,
+    "effect_legend": effect_legend,
     "effect_scale": effect_scale,
     "error": error,
     "finished": finished,
