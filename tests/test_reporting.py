@@ -30,6 +30,7 @@ from normsearch.calibration import Calibration, Rung
 from normsearch.dependence import BatchDependence
 from normsearch.reporting import Document, charts, document, page, sections
 from normsearch.reporting.gates import gates_of
+from normsearch.reporting.search_sections import SEARCH_SECTIONS
 from normsearch.reports import Change, Environment, Profile
 from normsearch.site_outputs import SiteDrift, site_drift
 from normsearch.text import percent, visible
@@ -395,7 +396,7 @@ def test_fused_layers_have_gates() -> None:
 def test_json_comes_back(made: tuple[Document, nn.Module, nn.Module, nn.Module], tmp_path: Path) -> None:
     found = made[0]
     assert Document.from_json(found.to_json()) == found
-    assert {section.kind for section in found.sections} == set(sections.SECTIONS)
+    assert {section.kind for section in found.sections} == set(sections.SECTIONS) - set(SEARCH_SECTIONS)
     html, text = found.save(tmp_path / "report.html")
     assert html.read_text("utf-8").rstrip() == found.to_html().rstrip()
     assert Document.from_json(text.read_bytes()) == found

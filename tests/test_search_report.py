@@ -404,6 +404,7 @@ def test_page_is_well_formed_and_escaped(found: Document) -> None:
     for name in HOSTILE:
         assert visible(name) in shown, name
     assert Document.from_json(hostile().to_json()) == hostile()
+    assert {section.kind for section in hostile().sections} == {*made.SEARCH_SECTIONS, "notes"}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")

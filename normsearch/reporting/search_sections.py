@@ -359,3 +359,14 @@ class Costs:
 
 
 SearchSection = SearchPart | Scores | Chosen | Effects | Importances | Trials | Front | Costs
+
+SEARCH_SECTIONS: dict[str, type[SearchSection]] = {
+    "search": SearchPart,
+    "scores": Scores,
+    "chosen": Chosen,
+    "trials": Trials,
+    "front": Front,
+    "effects": Effects,
+    "importances": Importances,
+    "costs": Costs,
+}

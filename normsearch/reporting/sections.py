@@ -304,14 +304,7 @@ SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
         "gates": Gates,
         "cost": Cost,
         "dependence": Dependence,
-        "search": search_sections.SearchPart,
-        "scores": search_sections.Scores,
-        "chosen": search_sections.Chosen,
-        "trials": search_sections.Trials,
-        "front": search_sections.Front,
-        "effects": search_sections.Effects,
-        "importances": search_sections.Importances,
-        "costs": search_sections.Costs,
+        **search_sections.SEARCH_SECTIONS,
         "notes": Notes,
     }
 )
