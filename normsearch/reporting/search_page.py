@@ -52,7 +52,7 @@ def change(value: float, digits: int = 2) -> str:
 
 def large(value: int) -> str:
     """Return a number that may have many digits."""
-    return f"{value:,}" if value < 10**6 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+    return f"{value:,}" if value < 10**9 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 def error(scores: Sequence[float]) -> float:
