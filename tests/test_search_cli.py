@@ -306,6 +306,7 @@ OPTIONS = (
     (["--storage", "absent/x.journal"], "the folder 'absent' does not exist; make it first"),
     (["--storage", "mytask.py"], "mytask.py is not a journal of trials"),
     (["--storage", "mysql://u:secret@h/d"], "mysql:// is no storage that normsearch opens"),
+    (["--task", "mytask:task", "--methods", "batch,group", "--veto", "0.01"], "left without what is refused"),
     (["--study", "../x"], "--study '../x': give a name that a file may have too"),
     (["-o", "absent/deeper/x"], "the folder 'absent/deeper' does not exist; make it first"),
     (["-o", "mytask.py"], "mytask.py is no folder; give one, or NAME.safetensors"),

@@ -14,6 +14,10 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"measured on inputs; give inputs=, at least one batch", _ON_TASK),
     (r"leave the (method or the )?site out with sites=", r"leave the \1site out with --sites"),
     (r"give methods= that differ, for example", "give --methods that differ, for example"),
+    (
+        r"give veto=None, or a larger one, or other methods=",
+        "give --no-veto, a larger --veto or other --methods",
+    ),
     (r"search without veto", "search with --no-veto"),
     (r"allow it with batch_independent=False", "search without --batch-independent"),
     (r"was made with directions=", "was made with --direction "),
