@@ -27,8 +27,8 @@ _SHAPES: dict[str, Sequence[tuple[float, float]]] = {
     "right": ((-0.6, -1), (-0.6, 1), (1.1, 0)),
     "sampler": tuple((math.cos(a * math.pi / 8), math.sin(a * math.pi / 8)) for a in range(16)),
 }
-#: Scores further below the middle half than so many times its spread are drawn at the edge.
-_FAR = 3.0
+#: Scores further below the middle half than so many times its spread are drawn at the edge, if they are few.
+_FAR, _FEW = 3.0, 0.1
 _LONGEST_NAME = 26
 
 
@@ -285,13 +285,14 @@ def _cross(root: ElementTree.Element, x: float, y: float, title: str) -> None:
 
 
 def _near(values: Sequence[float], *, maximize: bool) -> list[float]:
-    """Return the values without those so far on the bad side that they would hide all differences."""
+    """Return the values without a few that are so far on the bad side that they would hide differences."""
     if len(values) < 4:
         return list(values)
     first, _, third = quantiles(values, n=4)
     reach = _FAR * (third - first)
     kept = [v for v in values if (v >= first - reach if maximize else v <= third + reach)]
-    return kept if third > first else list(values)
+    few = len(values) - len(kept) <= max(1, _FEW * len(values))
+    return kept if third > first and few else list(values)
 
 
 def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
