@@ -77,6 +77,15 @@ def failing():
         raise ValueError("no data\\x1b[2J")
     return network(), score
 
+class Late:
+    def __call__(self, model, trial):
+        return objective(model, trial)
+    def confirm(self, model, trial):
+        raise KeyError("no such split")
+
+def late():
+    return network(), Late()
+
 def broken():
     raise RuntimeError("the data set is\\nnot here")
 
@@ -281,6 +290,7 @@ ERRORS = (
     ("mytask:alone", "it returned a Sequential; return (model, objective)"),
     ("mytask:swapped", "it returned a function first; return (model, objective), a torch.nn.Module first"),
     ("mytask:nothing_to_call", "it returned a int as the objective"),
+    ("mytask:late", "the task failed: KeyError: 'no such split' (line "),
     ("mytask:failing", "the first 3 trials all failed: ValueError: no data\\x1b[2J; mend the objective"),
 )
 

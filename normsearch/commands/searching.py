@@ -15,9 +15,9 @@ import typer
 from normsearch.arguments import split_methods
 from normsearch.checkpoints import save
 from normsearch.commands.options import Force, Json, Title
-from normsearch.commands.running import OUT, following, print_json, progress, refuse_outputs, reported
-from normsearch.commands.tasks import load_task
-from normsearch.errors import CheckpointError, SearchError
+from normsearch.commands.running import OUT, fail, following, print_json, progress, refuse_outputs, reported
+from normsearch.commands.tasks import load_task, place, said
+from normsearch.errors import CheckpointError, NormsearchError, SearchError
 from normsearch.files import write_text
 from normsearch.plans import Plan
 
@@ -325,12 +325,26 @@ def _constraints(
 
 @contextmanager
 def _kept(storage: str) -> Iterator[None]:
-    """Say on Ctrl-C that nothing is lost, and how to go on."""
+    """Say on Ctrl-C, and where the task or the storage fails, that nothing is lost, and how to go on."""
+    # A URL may hold a password.
+    where = "the database" if "://" in storage else storage
     try:
         yield
+    except (NormsearchError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        from optuna.exceptions import StorageInternalError
+
+        if isinstance(error, StorageInternalError):
+            fail(f"{where} cannot be used any more; what was told it is kept: the same command goes on")
+        if not place(error):
+            # Not the task's: a mistake in this library, which its traceback tells.
+            raise
+        fail(
+            f"the task failed: {said(error)}{place(error)}; what is done is kept in {where}: mend it, and "
+            "the same command goes on"
+        )
     except KeyboardInterrupt:
-        # A URL may hold a password.
-        where = "the database" if "://" in storage else storage
         typer.echo(f"interrupted; everything is kept in {where}: the same command goes on", err=True)
         raise typer.Exit(130) from None
 

@@ -73,13 +73,17 @@ def _run(what: str, run: Callable[[], Any]) -> Any:
     except NormsearchError as error:
         raise SearchError(f"{what}: {error}") from error
     except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split())[:_LONGEST]
-        said = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        raise SearchError(f"{what}: {said}{_place(error)}") from error
+        raise SearchError(f"{what}: {said(error)}{place(error)}") from error
 
 
-def _place(error: BaseException) -> str:
-    """Return the file and line of the user's code that raised, as far as there is one."""
+def said(error: BaseException) -> str:
+    """Return what another's exception says, in one line."""
+    text = " ".join(str(error).split())[:_LONGEST]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def place(error: BaseException) -> str:
+    """Return the file and line of the user's code that raised; nothing where there is none."""
     if isinstance(error, SyntaxError):
         return ""
     inner = [Path(part).resolve() for part in (sys.prefix, sys.base_prefix, Path(__file__).parent.parent)]
