@@ -41,6 +41,8 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.search.regret
 	$(BIN)/python -m benchmarks.search.fronts
 	$(BIN)/python -m benchmarks.search.workers
+	$(BIN)/python -m benchmarks.search.real
+	$(BIN)/python -m benchmarks.search.overhead
 
 clean:
 	rm -rf .venv demo-output

@@ -49,6 +49,22 @@ def slow_covariance(space: Space, surrogate: PlanSurrogate, x: Any, y: Any) -> f
     return float(total)
 
 
+def test_a_plan_that_was_given_up_is_not_proposed_again() -> None:
+    study = optuna.create_study(sampler=NormSampler())
+    plans = []
+    for number in range(9):
+        trial = study.ask()
+        plans.append(tuple(trial.suggest_categorical(site, METHODS[:3]) for site in "ab"))
+        if number % 3:
+            study.tell(
+                trial,
+                state=optuna.trial.TrialState.PRUNED if number % 3 == 1 else optuna.trial.TrialState.FAIL,
+            )
+        else:
+            study.tell(trial, 0.0)
+    assert len(set(plans)) == 9
+
+
 @given(st.integers(0, 10_000))
 @settings(max_examples=10, deadline=None)
 def test_predictions_are_those_of_the_formula(seed: int) -> None:

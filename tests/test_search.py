@@ -539,6 +539,29 @@ def test_the_posterior_knows_what_was_planted() -> None:
         assert sum(effect.trials for effect in row.values()) == len(done)
 
 
+def test_a_list_of_batches_is_trained_in_an_order_that_follows_the_seed() -> None:
+    scores = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = network()
+        torch.manual_seed(seed)
+        task(steps=3)(model, optuna.trial.FixedTrial({}))
+        scores.append(model.head.weight.detach().clone())  # type: ignore[union-attr]
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+
+
+def test_without_confirmation_the_best_plan_is_taken_at_its_word() -> None:
+    def objective(model: nn.Module, trial: Any) -> float:
+        return float(trial.params["a.1"] == "group") + float(trial.params["b.1"] == "batch")
+
+    found = normsearch.search(
+        network(), objective, methods=["batch", "group"], sites=["[ab].*"], n_trials=8, confirm=0
+    )
+    assert found.confirmation == ()
+    assert found.params == {"a.1": "group", "b.1": "batch"}
+
+
 def test_a_tasks_splits_must_be_readable_twice() -> None:
     with pytest.raises(SearchError, match="only once"):
         task(train=iter(pairs(3)))

@@ -276,7 +276,7 @@ class Search:
         own = getattr(self._objective, "confirm", None)
         run = self._objective if own is None else own
         seeds = [memory.settings().seed + 1 + number for number in range(max(confirm, 1))]
-        stage = Stage("confirming", len(seeds) * len(given), on_progress)
+        stage = Stage("confirming", confirm * len(given), on_progress)
         kept: dict[str, float] = memory.read("confirmation") or {}
 
         def score(candidate: Candidate, seed: int) -> float:
@@ -288,7 +288,11 @@ class Search:
             return kept[key]
 
         maximize = memory.settings().directions[0] == "maximize"
-        chosen, rows = decide(given, score, seeds, maximize=maximize)
+        if confirm:
+            chosen, rows = decide(given, score, seeds, maximize=maximize)
+        else:
+            sign = 1.0 if maximize else -1.0
+            chosen, rows = max(range(len(given)), key=lambda i: (sign * given[i].value, -i)), []
         best = given[chosen]
         _, model = self._evaluation.again(run, best.params, best.number, seeds[0], keep=True)
         assert model is not None

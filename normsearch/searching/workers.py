@@ -20,7 +20,7 @@ from normsearch.searching.space import SearchSpace
 from normsearch.searching.storage import check_shared, open_storage
 from normsearch.searching.studies import Memory
 from normsearch.searching.tasks import Task
-from normsearch.searching.trials import run_trials
+from normsearch.searching.trials import counted_trials, run_trials
 
 
 def evaluation(
@@ -55,14 +55,18 @@ def work(
         SearchError: the objective fails again and again.
 
     """
-    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    stage = Stage("searching", n_trials, on_progress, done=min(len(finished), n_trials))
+
+    def finished() -> int:
+        trials = counted_trials(study.get_trials(deepcopy=False))
+        return sum(t.state.is_finished() for t in trials[:n_trials])
+
+    stage = Stage("searching", n_trials, on_progress, done=finished())
     run_trials(
         study,
         lambda trial: trials.trial(study, trial),
         n_trials=n_trials,
         distributions=trials.space.distributions,
-        on_trial=lambda trial: stage.advance(_said(study, trial)),
+        on_trial=lambda trial: stage.advance(_said(study, trial), done=finished()),
         terms=terms,
     )
 
@@ -120,14 +124,12 @@ def _said(study: Study, trial: FrozenTrial) -> str:
     if trial.state != TrialState.COMPLETE:
         return f"trial {trial.number} {trial.state.name.lower()}"
     text = f"trial {trial.number}: {', '.join(f'{value:.4g}' for value in trial.values)}"
-    if len(study.directions) > 1:
-        return text
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     values = [t.values[0] for t in done if all(v <= 0 for v in t.constraints.values())]
     if not values:
         return text
     best = min(values) if study.directions[0] == StudyDirection.MINIMIZE else max(values)
-    return f"{text}, best {best:.4g}"
+    return f"{text}; best {best:.4g}"
 
 
 def _no_objective(model: nn.Module, trial: Any) -> float:
