@@ -430,9 +430,10 @@ def test_task_is_trained_and_confirmed_on_data_that_no_trial_saw() -> None:
         top=1,
     )
     searched, confirmed = (torch.cat([x for x, _ in validation[i::2]]) for i in (0, 1))
-    assert all(torch.equal(x, searched) for x in seen[:9])
-    assert all(torch.equal(x, confirmed) for x in seen[9:])
-    assert len(seen) == 9 + 2 * len(result.confirmation) + 1
+    count = len(result.study.trials)
+    assert all(torch.equal(x, searched) for x in seen[:count])
+    assert all(torch.equal(x, confirmed) for x in seen[count:])
+    assert len(seen) == count + 2 * len(result.confirmation) + 1
     assert not result.same_split
     assert set(result.prior or {}) == set(result.space.distributions)
     assert accuracy(result.model.eval(), validation[1::2]) == pytest.approx(
@@ -453,6 +454,11 @@ def test_what_a_uniform_plans_gates_learned_is_tried_next() -> None:
     learned = [t for t in result.study.trials if t.user_attrs.get("origin") == "learned"]
     assert [t.params for t in learned] == [{"a.1": "instance"} | dict.fromkeys(SITES[1:], "batch")]
     assert learned[0].number == 3
+
+
+def test_a_task_tries_no_more_plans_than_there_are() -> None:
+    result = normsearch.search(network(), task(), methods=["batch", "group"], sites=["a.1", "b.1"], confirm=1)
+    assert len(result.study.trials) == len({tuple(t.params.values()) for t in result.study.trials}) == 4
 
 
 @pytest.mark.parametrize("sampler", ["norm", "tpe", "nsga2", "random", optuna.samplers.RandomSampler(seed=1)])
