@@ -29,6 +29,7 @@ from normsearch.searching import (
     SearchSpace,
     Task,
     accuracy,
+    join,
     measure_costs,
     sense,
 )
@@ -614,3 +615,27 @@ def test_objectives_may_suggest_more() -> None:
 
     result = normsearch.search(network(), objective, **OPTIONS | {"n_trials": 6})
     assert "lr" in result.params
+
+
+def test_a_worker_waits_until_trials_begin_and_then_joins(tmp_path: Path) -> None:
+    kept = {"storage": tmp_path / "study.journal", "name": "s"}
+    run = Search(network(), Planted(), methods=["batch", "group", "instance"], n_trials=6, **kept)
+    # As if the search were still at it.
+    run.study.set_user_attr("normsearch:ready", None)
+    told: list[str] = []
+
+    def follow(progress: normsearch.Progress) -> None:
+        told.append(progress.stage)
+        if progress.stage.startswith("waiting"):
+            run.memory.keep("ready", True)
+
+    join(network(), Planted(), **kept, on_progress=follow)
+    assert told[0].startswith("waiting")
+    assert len(run.study.trials) == 6
+    with pytest.raises(SearchError, match="no study 't'; it has s"):
+        join(network(), Planted(), storage=kept["storage"], name="t")
+    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(SearchError, match=r"4 channels at 'a.1'; this one has nothing there"):
+        join(other, Planted(), **kept)
+    with pytest.raises(SearchError, match="memory"):
+        join(network(), Planted(), storage=optuna.storages.InMemoryStorage(), name="s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import optuna
@@ -21,6 +22,9 @@ from normsearch.searching.storage import check_shared, open_storage
 from normsearch.searching.studies import Memory
 from normsearch.searching.tasks import Task
 from normsearch.searching.trials import counted_trials, run_trials
+
+#: Seconds between two looks at a study that is being prepared.
+_PAUSE = 0.5
 
 
 def evaluation(
@@ -82,6 +86,8 @@ def join(
 ) -> None:
     """Run trials of a search that was started elsewhere, until it has all it asked for.
 
+    While that one is still preparing its first trial, this one waits.
+
     The model and the objective come from the caller, never from the study: everybody who may write to a
     shared database could put anything there. What is read from it is validated.
 
@@ -94,8 +100,7 @@ def join(
         on_progress: called after every trial of this process.
 
     Raises:
-        SearchError: there is no such study, it is still being prepared, it searches another model, or the
-            storage cannot be shared.
+        SearchError: there is no such study, it searches another model, or the storage cannot be shared.
 
     """
     opened = open_storage(storage)
@@ -106,11 +111,8 @@ def join(
         known = ", ".join(optuna.get_all_study_names(opened)) or "none"
         raise SearchError(f"the storage has no study {name!r}; it has {known}") from None
     memory = Memory(study)
-    if not memory.has("ready"):
-        raise SearchError(
-            f"the study {name!r} is still being prepared; start workers when its trials have begun"
-        )
     resident = Resident(model)
+    _await(memory, on_progress)
     space = memory.space(resident.model)
     # Imported here: samplers read what workers keep.
     from normsearch.searching.samplers import sampler_named
@@ -118,6 +120,14 @@ def join(
     study.sampler = sampler_named(memory.settings().sampler, memory, space)
     run = evaluation(resident, space, objective, memory)
     work(study, run, memory.read("n_trials"), terms=terms, on_progress=on_progress)
+
+
+def _await(memory: Memory, on_progress: OnProgress | None) -> None:
+    """Return when trials may begin."""
+    if not memory.has("ready"):
+        Stage("waiting for the search to begin its trials", 0, on_progress)
+    while not memory.has("ready"):
+        time.sleep(_PAUSE)
 
 
 def _said(study: Study, trial: FrozenTrial) -> str:
