@@ -31,8 +31,7 @@ from rich.table import Table
 
 from benchmarks.search import landscapes
 from benchmarks.search.landscapes import Landscape, effects_landscape
-from benchmarks.search.runs import as_table, names, source_hash, spread
-from normsearch import searching
+from benchmarks.search.runs import SAMPLER, as_table, names, source_hash, spread
 from normsearch.searching import NormSampler
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -117,7 +116,7 @@ def study(name: str, kind: str, seed: int) -> Front:
 
 def recipe() -> str:
     """Return what tells fronts of this code from those of an older one."""
-    sources = [Path(__file__), Path(landscapes.__file__), *Path(searching.__file__).parent.glob("*.py")]
+    sources = [Path(__file__), Path(landscapes.__file__), *SAMPLER]
     return f"{source_hash(*sources)}, optuna {optuna.__version__}"
 
 

@@ -168,6 +168,10 @@ def spread(values: list[float]) -> tuple[float, float]:
     ) > 1 else 0.0
 
 
+#: What a proposal of NormSampler depends on.
+SAMPLER = [Path(searching.__file__).with_name(name) for name in ("sampler.py", "surrogate.py", "climbing.py")]
+
+
 def source_hash(*paths: Path) -> str:
     """Return a hash of data and of code, which does not depend on the code's layout and words."""
     digest = hashlib.sha256()
@@ -189,7 +193,7 @@ def recipe(landscape: str, contender: str) -> str:
     if landscape in FACTORIALS:
         sources.append(FACTORIALS[landscape].path)
     if CONTENDERS[contender].ours:
-        sources += Path(searching.__file__).parent.glob("*.py")
+        sources += SAMPLER
     return f"{source_hash(*sources)}, optuna {optuna.__version__}"
 
 
