@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import timm
@@ -431,7 +433,8 @@ def test_task_is_trained_and_confirmed_on_data_that_no_trial_saw() -> None:
         top=1,
     )
     searched, confirmed = (torch.cat([x for x, _ in validation[i::2]]) for i in (0, 1))
-    count = len(result.study.trials)
+    # The first is the original's, by which the study knows its task.
+    count = 1 + len(result.study.trials)
     assert all(torch.equal(x, searched) for x in seen[:count])
     assert all(torch.equal(x, confirmed) for x in seen[count:])
     assert len(seen) == count + 2 * len(result.confirmation) + 1
@@ -476,8 +479,6 @@ def test_costs_are_objectives_and_ceilings() -> None:
     assert len(result.study.directions) == 2
     for trial in result.study.trials:
         assert trial.values[1] == result.costs.of(result.space.plan(trial.params), "memory")
-    with pytest.raises(SearchError, match=r"no trial of .* has finished"):
-        normsearch.search(network(), Planted(), **OPTIONS, constraints=[MaxLatency(0)], inputs=[INPUTS])
 
 
 def test_constraints_on_the_score_and_on_the_batch() -> None:
@@ -639,3 +640,143 @@ def test_a_worker_waits_until_trials_begin_and_then_joins(tmp_path: Path) -> Non
         join(other, Planted(), **kept)
     with pytest.raises(SearchError, match="memory"):
         join(network(), Planted(), storage=optuna.storages.InMemoryStorage(), name="s")
+
+
+# What a newcomer tried.
+
+
+def test_a_study_is_not_gone_on_with_for_another_network_or_task(tmp_path: Path) -> None:
+    kept = {"storage": tmp_path / "study.journal", "name": "s", "n_trials": 3, "confirm": 1}
+    few = {"methods": ["batch", "group"], **kept}
+    normsearch.search(network(), task(), **few)
+    other = network()
+    with torch.no_grad():
+        other.head.bias.add_(1)
+    with pytest.raises(SearchError, match="other weights"):
+        normsearch.search(other, task(), **few)
+    with pytest.raises(SearchError, match="other recipe"):
+        normsearch.search(network(), task(steps=5), **few)
+    with pytest.raises(SearchError, match="other loss"):
+        normsearch.search(network(), task(loss=F.nll_loss), **few)
+    with pytest.raises(SearchError, match="other the original's score"):
+        normsearch.search(network(), task(validation=pairs(4, 7)), **few)
+    normsearch.search(network(), Planted(), **few | {"name": "t"})
+    with pytest.raises(SearchError, match="other objective"):
+        normsearch.search(network(), lambda model, trial: 0.0, **few | {"name": "t"})
+
+
+def test_a_search_that_failed_goes_on_when_the_objective_is_mended(tmp_path: Path) -> None:
+    broken = True
+
+    def objective(model: nn.Module, trial: Any) -> float:
+        if broken:
+            raise RuntimeError("not yet")
+        return Planted()(model, trial)
+
+    kept = {"storage": tmp_path / "study.journal", "name": "s"}
+    with pytest.raises(SearchError, match="not yet"):
+        normsearch.search(network(), objective, **OPTIONS, **kept)
+    broken = False
+    result = normsearch.search(network(), objective, **OPTIONS, **kept)
+    done = [t.params for t in result.study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    assert all(result.space.uniform(m) in done for m in result.space.methods)
+
+
+def test_a_gain_of_one_sample_is_no_gain_however_well_seeds_agree() -> None:
+    given = [candidate(0, "group"), candidate(1)]
+    scores = {0: 0.9771, 1: 0.98}
+    for samples, chosen in ((350, 0), (35_000, 1), (None, 1)):
+        taken, rows = decide(
+            given, lambda c, seed: scores[c.number], range(3), maximize=True, samples=samples
+        )
+        assert taken == chosen
+        assert (rows[1].error or 0) == pytest.approx(
+            0 if samples is None else (0.0029 / samples) ** 0.5, rel=0.01
+        )
+
+
+def test_validation_that_shuffles_cannot_be_halved() -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(64, 1, 8, 8), torch.randint(3, (64,)))
+    loader = torch.utils.data.DataLoader(data, 16, shuffle=True)
+    with pytest.raises(SearchError, match="other batches each time"):
+        task(validation=loader)
+    task(validation=loader, confirmation=pairs(1))
+
+
+def test_every_generator_is_seeded() -> None:
+    def objective(model: nn.Module, trial: Any) -> float:
+        return float(np.random.rand()) + random.random() + float(torch.rand(()))  # noqa: NPY002
+
+    state = np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    result = normsearch.search(network(), objective, **OPTIONS | {"n_trials": 5, "confirm": 0})
+    assert len({t.value for t in result.study.trials}) == 1
+    assert state == (np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+
+
+def test_what_cannot_be_trained_is_left_out_and_named() -> None:
+    ones = [(x[:1], y[:1]) for x, y in pairs(6)]
+    given = task(train=ones, loss=F.cross_entropy)
+    # One value per channel at the last sites: BatchNorm and instance norm raise.
+    small = nn.Sequential(
+        nn.Conv2d(1, 4, 8),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    ).eval()
+    result = normsearch.search(small, given, methods=["batch", "group", "frozen"], n_trials=4, confirm=1)
+    assert {t.state for t in result.study.trials} == {optuna.trial.TrialState.COMPLETE}
+    assert all("batch" not in t.params.values() for t in result.study.trials)
+    assert "Expected more than 1 value per channel" in result.space.refusals[0].reason
+    with pytest.raises(SearchError, match="whatever its normalization: TypeError"):
+        normsearch.search(network(), task(loss=lambda output: output.sum()), n_trials=4)
+
+
+def test_a_plan_that_fails_in_the_confirmation_is_named() -> None:
+    calls = 0
+
+    def objective(model: nn.Module, trial: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls > 5:
+            raise ValueError("flaky")
+        return 1.0
+
+    with pytest.raises(SearchError, match=r"failed when it was run again with seed 1 .*flaky"):
+        normsearch.search(network(), objective, **OPTIONS | {"n_trials": 5})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"confirm": -1}, "confirm=-1"),
+        ({"confirm": 2.0}, "confirm=2.0"),
+        ({"top": 0}, "top=0"),
+        ({"seed": "a"}, "seed='a'"),
+        ({"veto": float("nan")}, "veto=nan"),
+        ({"methods": None}, "methods=None"),
+        ({"sites": [1]}, r"sites=\[1\]"),
+        ({"name": ""}, "name=''"),
+        ({"name": "../evil"}, "names the journal too"),
+        ({"name": "a\0b"}, "printable"),
+    ],
+)
+def test_arguments_of_other_kinds(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(network(), Planted(), **OPTIONS | arguments)
+
+
+def test_what_was_refused_does_not_bind_a_name(tmp_path: Path) -> None:
+    kept = {"storage": tmp_path / "study.journal", "name": "s"}
+    with pytest.raises(SearchError, match="one plan only"):
+        Search(network(), Planted(), methods=["batch", "group"], constraints=[BatchIndependent()], **kept)
+    Search(
+        network(), Planted(), methods=["batch", "group", "layer"], constraints=[BatchIndependent()], **kept
+    )
+
+
+def test_ceilings_that_no_plan_meets_are_named() -> None:
+    with pytest.raises(SearchError, match="above MaxLatency, the cheapest, trial"):
+        normsearch.search(network(), Planted(), **OPTIONS, constraints=[MaxLatency(0)], inputs=[INPUTS])

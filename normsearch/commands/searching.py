@@ -276,7 +276,12 @@ def _study_name(study: str | None, task: str) -> str:
         SearchError: it cannot name one.
 
     """
-    name = task.partition(":")[0].rpartition(".")[2] if study is None else study
+    if study is None:
+        module, _, function = task.partition(":")
+        # Two tasks of one module are two searches.
+        module = module.rpartition(".")[2]
+        study = module if function in ("", "task") else f"{module}.{function}"
+    name = study
     if not name or name != Path(name).name or not name.isprintable() or name.startswith("."):
         raise SearchError(f"--study {name!r}: give a name that a file may have too")
     return name

@@ -112,6 +112,7 @@ def decide(
     seeds: Sequence[int],
     *,
     maximize: bool,
+    samples: int | None = None,
 ) -> tuple[int, list[Confirmed]]:
     """Return the index of the plan to take, and the table that says why.
 
@@ -124,6 +125,8 @@ def decide(
         scores: runs a candidate under a seed.
         seeds: fresh ones.
         maximize: whether larger is better.
+        samples: how many samples a score is a mean over; where scores are shares, a gain g is then known to
+            √(g (1 − g) / samples) at best, however well the seeds agree.
 
     """
     sign = 1.0 if maximize else -1.0
@@ -139,6 +142,8 @@ def decide(
             differences = [float(d) for d in sign * (mine - reference)]
             gain = fmean(differences)
             error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+            if samples is not None and 0 < gain < 1 and found.min() >= 0 and found.max() <= 1:
+                error = max(error, math.sqrt(gain * (1 - gain) / samples))
             beats = gain > _quantile(len(differences) - 1) * error and gain > 0
         rows.append(
             Confirmed(
@@ -166,6 +171,7 @@ def _quantile(freedom: int) -> float:
 def _nothing(study: Study) -> str:
     trials = study.get_trials(deepcopy=False)
     failed = [t for t in trials if t.state == TrialState.FAIL]
+    pruned = [t for t in trials if t.state == TrialState.PRUNED and t.constraints]
     broken = [t for t in trials if t.state == TrialState.COMPLETE]
     if broken:
         nearest = min(broken, key=lambda t: sum(max(v, 0) for v in t.constraints.values()))
@@ -173,6 +179,13 @@ def _nothing(study: Study) -> str:
         return (
             f"none of {len(broken)} finished trials meets the constraints; the nearest, trial "
             f"{nearest.number}, misses {over}; loosen them, or give more trials or methods"
+        )
+    if pruned:
+        nearest = min(pruned, key=lambda t: max(t.constraints.values()))
+        name, excess = max(nearest.constraints.items(), key=lambda item: item[1])
+        return (
+            f"every plan that was proposed is above {name}, the cheapest, trial {nearest.number}, by "
+            f"{excess:.3g} of the original's cost; loosen it, or give cheaper methods"
         )
     why = failed[0].user_attrs.get("error", "") if failed else ""
     return f"no trial of {study.study_name!r} has finished{': ' + why if why else ''}; run more trials"

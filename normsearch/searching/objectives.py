@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from optuna.exceptions import TrialPruned
 from optuna.study import Study, StudyDirection
@@ -40,7 +42,7 @@ class Evaluation:
         table: of the costs; None where nothing asks for one.
         constraints: what plans must keep to.
         reference: the objective's first number for the original, where a constraint asks for it.
-        seed: torch's at the start of every trial, so that plans meet the same batches.
+        seed: of all generators at the start of every trial, so that plans meet the same batches.
 
     """
 
@@ -147,10 +149,17 @@ class Evaluation:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block from a seed of torch's; give the random state back afterwards."""
+    """Run a block with torch's, NumPy's and Python's generators seeded; give their states back afterwards."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002 (users' transforms use the old one)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
 
 
 def _enqueue(study: Study, params: Mapping[str, str], origin: str) -> None:

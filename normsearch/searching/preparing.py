@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from normsearch.errors import SearchError
+from normsearch.errors import NormsearchError, SearchError
 from normsearch.progress import OnProgress
 from normsearch.searching.constraints import CEILINGS, BatchIndependent, MaxDrop
 from normsearch.searching.costs import measure_costs
@@ -20,6 +20,7 @@ from normsearch.searching.space import SearchSpace
 from normsearch.searching.studies import Memory, Settings
 from normsearch.searching.supernet import sense
 from normsearch.searching.tasks import Task
+from normsearch.searching.trainable import untrainable
 from normsearch.searching.workers import evaluation
 from normsearch.sensitivities import Sensitivity
 from normsearch.site_effects import sensitivity
@@ -28,6 +29,8 @@ from normsearch.site_effects import sensitivity
 _BATCHES = 4
 #: A search can tell about one choice apart for so many trials.
 _TRIALS_PER_CHOICE = 4
+#: So many are never tied: there may be more trials later.
+_FEWEST_CHOICES = 8
 #: Plans from the prior that are tried first.
 _FROM_PRIOR = 3
 
@@ -59,6 +62,10 @@ def prepare(
         inputs=first,
         batch_independent=any(isinstance(c, BatchIndependent) for c in constraints),
     )
+    if isinstance(objective, Task):
+        for spelling, why in untrainable(resident, space, objective, settings.seed).items():
+            everywhere = {path: [spelling] for path in space.allowed}
+            space = space.without(everywhere, f"the task cannot train it: {why}")
     if batches:
         space = _vetoed(space, resident, memory, settings.veto, batches, on_progress)
     if settings.costs or any(type(c) in CEILINGS for c in constraints):
@@ -66,7 +73,7 @@ def prepare(
             raise SearchError("costs are measured on inputs; give inputs=, at least one batch")
         if not memory.has("costs"):
             memory.keep("costs", asdict(measure_costs(resident, space, first, on_progress=on_progress)))
-    space = space.tied(max(1, n_trials // _TRIALS_PER_CHOICE))
+    space = space.tied(max(_FEWEST_CHOICES, n_trials // _TRIALS_PER_CHOICE))
     if space.size < 2:
         gone = ", ".join(sorted({refusal.method for refusal in space.refusals}))
         raise SearchError(
@@ -79,9 +86,21 @@ def prepare(
     if any(isinstance(c, MaxDrop) for c in constraints) and not memory.has("reference"):
         if objective is None:
             raise SearchError("MaxDrop needs the original's score; give the objective")
-        memory.keep("reference", evaluation(resident, space, objective, memory).original()[0])
+        memory.keep("reference", _original(resident, space, objective, memory))
     _enqueue_first(space, memory, settings)
     memory.keep("ready", True)
+
+
+def _original(resident: Resident, space: SearchSpace, objective: Objective | Task, memory: Memory) -> float:
+    try:
+        return evaluation(resident, space, objective, memory).original()[0]
+    except NormsearchError:
+        raise
+    except Exception as error:
+        raise SearchError(
+            f"MaxDrop needs the original's score, and the objective failed on it ({type(error).__name__}: "
+            f"{error}); leave MaxDrop out, or make the objective bear the original"
+        ) from error
 
 
 def _vetoed(

@@ -12,13 +12,14 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import nn
 
-from normsearch.errors import SearchError
+from normsearch.errors import ModelError, SearchError
 from normsearch.methods import Method
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Stage
 from normsearch.searching.confirming import Candidate, candidates, decide
 from normsearch.searching.constraints import Constraint, checked
 from normsearch.searching.costs import check_cost
+from normsearch.searching.identity import identity
 from normsearch.searching.objectives import Objective, direction_names
 from normsearch.searching.preparing import prepare
 from normsearch.searching.resident import Resident
@@ -80,8 +81,9 @@ def search(
         directions: ``maximize`` or ``minimize`` for each number of the objective.
         costs: ``latency``, ``memory``: objectives to minimise beside, known for every plan beforehand.
         constraints: ``MaxDrop``, ``MaxLatency``, ``MaxMemory``, ``BatchIndependent``.
-        n_trials: trials in all, those of earlier calls and of other workers included; of a ``Task`` no more
-            than there are plans.
+        n_trials: trials in all, those of earlier calls and of other workers included; no more than there are
+            plans, unless the objective suggests further parameters. Sites are tied for what the first call
+            asks for.
         storage: where the study is kept: a journal file's path, a ``postgresql://`` URL, an Optuna storage;
             by default a file ``NAME.journal`` if there is a name, else memory.
         name: of the study.
@@ -186,8 +188,10 @@ class Search:
         sense: bool = True,
         on_progress: OnProgress | None = None,
     ) -> None:
-        if not isinstance(n_trials, int) or n_trials < 1:
-            raise SearchError(f"n_trials={n_trials!r}: give a whole number, at least 1")
+        check_whole("n_trials", n_trials, 1)
+        check_whole("seed", seed, 0)
+        _check(model, methods, sites, veto, name)
+        costs = (costs,) if isinstance(costs, str) else costs
         self.n_trials = n_trials
         for cost in costs:
             check_cost(cost)
@@ -205,18 +209,16 @@ class Search:
             sampler=named,
             seed=seed,
             veto=veto,
-            sense=sense and isinstance(objective, Task),
+            sense=bool(sense) and isinstance(objective, Task),
         )
         self.resident = Resident(model)
         self.study = made_study(settings, storage, name)
         self.memory = Memory(self.study)
         self.memory.keep_settings(settings)
+        self.memory.keep_identity(identity(self.resident, objective))
         prepare(self.resident, self.memory, objective, given, n_trials, on_progress)
         self.space = self.memory.space(self.resident.model)
-        if isinstance(objective, Task):
-            # It suggests nothing more, and from one seed a plan scores what it scored before.
-            self.n_trials = min(n_trials, self.space.size)
-        self.memory.keep("n_trials", self.n_trials)
+        self.memory.keep("n_trials", min(self.n_trials, self.space.size))
         if not isinstance(sampler, BaseSampler):
             sampler = sampler_named(sampler, self.memory, self.space)
         self.study.sampler = sampler
@@ -262,7 +264,12 @@ class Search:
         """
         if self._objective is None:
             raise SearchError("this search has no objective to run; ask and tell by hand, or give one")
-        work(self.study, self._evaluation, self.n_trials, on_progress=on_progress)
+        work(self.study, self._evaluation, self.memory.read("n_trials"), on_progress=on_progress)
+        names = set(self.space.distributions)
+        if self.n_trials > self.space.size and any(set(t.params) - names for t in self.study.get_trials()):
+            # The objective suggests more than the plan: another run of one is no repetition.
+            self.memory.keep("n_trials", self.n_trials)
+            work(self.study, self._evaluation, self.n_trials, on_progress=on_progress)
 
     def result(
         self, *, confirm: int = 5, top: int = 3, on_progress: OnProgress | None = None
@@ -273,8 +280,10 @@ class Search:
             SearchError: no trial meets the constraints, or there is nothing to run.
 
         """
+        check_whole("confirm", confirm, 0)
+        check_whole("top", top, 1)
         if self._objective is None:
-            raise SearchError("this search has no objective to confirm by; take what study.best_trials says")
+            raise SearchError("this search has no objective to confirm by; see study.best_trials instead")
         memory = self.memory
         given = candidates(self.study, self.space, top if confirm else 1, memory.prior())
         own = getattr(self._objective, "confirm", None)
@@ -286,19 +295,20 @@ class Search:
         def score(candidate: Candidate, seed: int) -> float:
             key = f"{candidate.number}/{seed}"
             if key not in kept:
-                kept[key] = self._evaluation.again(run, candidate.params, candidate.number, seed)[0]
+                kept[key] = self._again(run, candidate, seed)[0]
                 memory.keep("confirmation", kept)
             stage.advance(f"trial {candidate.number}, seed {seed}: {kept[key]:.4g}")
             return kept[key]
 
         maximize = memory.settings().directions[0] == "maximize"
         if confirm:
-            chosen, rows = decide(given, score, seeds, maximize=maximize)
+            samples = self._objective.confirmed_on() if isinstance(self._objective, Task) else None
+            chosen, rows = decide(given, score, seeds, maximize=maximize, samples=samples)
         else:
             sign = 1.0 if maximize else -1.0
             chosen, rows = max(range(len(given)), key=lambda i: (sign * given[i].value, -i)), []
         best = given[chosen]
-        _, model = self._evaluation.again(run, best.params, best.number, seeds[0], keep=True)
+        _, model = self._again(run, best, seeds[0], keep=True)
         assert model is not None
         return SearchResult(
             best=self.space.plan(best.params),
@@ -313,3 +323,40 @@ class Search:
             sensitivity=self.sensitivity,
             prior=memory.prior(),
         )
+
+    def _again(
+        self, run: Objective, candidate: Candidate, seed: int, *, keep: bool = False
+    ) -> tuple[float, nn.Module | None]:
+        """Run a plan under another seed; what fails there is named."""
+        try:
+            return self._evaluation.again(run, candidate.params, candidate.number, seed, keep=keep)
+        except SearchError:
+            raise
+        except Exception as error:
+            raise SearchError(
+                f"the plan of trial {candidate.number} failed when it was run again with seed {seed} "
+                f"({type(error).__name__}: {error}); mend the objective and go on with the same call: what "
+                "is done is kept where the study has a name or a storage"
+            ) from error
+
+
+def check_whole(name: str, value: int, least: int) -> None:
+    """Raise a ``SearchError`` for anything but a whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise SearchError(f"{name}={value!r}: give a whole number, at least {least}")
+
+
+def _check(model: Any, methods: Any, sites: Any, veto: Any, name: Any) -> None:
+    """Raise for arguments of other types, before anything is made."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
+    if not isinstance(methods, str | Method | Sequence):
+        raise SearchError(f"methods={methods!r}: give a list of methods or spellings")
+    if sites is not None:
+        sites = [sites] if isinstance(sites, str) else list(sites)
+        if not all(isinstance(one, str) for one in sites):
+            raise SearchError(f"sites={sites!r}: give glob patterns of paths")
+    if veto is not None and (isinstance(veto, bool) or not isinstance(veto, int | float) or not veto > 0):
+        raise SearchError(f"veto={veto!r}: give a drift above 0, or None to veto nothing")
+    if name is not None and (not isinstance(name, str) or not name or not name.isprintable()):
+        raise SearchError(f"name={name!r}: give a name in printable characters")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -87,7 +88,7 @@ class Memory:
 
     def has(self, name: str) -> bool:
         """Whether something was kept under a name."""
-        return self.study.user_attrs.get(_PREFIX + name) is not None
+        return self.study.user_attrs.get(_PREFIX + name) not in (None, "null")
 
     def keep(self, name: str, value: Any) -> None:
         """Keep plain data."""
@@ -105,7 +106,10 @@ class Memory:
             SearchError: the study was made with others.
 
         """
-        if not self.has("settings"):
+        if not self.has("settings") or not (self.has("ready") or self.study.get_trials(deepcopy=False)):
+            # What was refused while it was being prepared leaves nothing that binds.
+            for name in ("sensitivity", "costs", "prior", "reference", "identity"):
+                self.keep(name, None)
             self.keep("settings", asdict(settings))
             return
         before, now = asdict(self.settings()), asdict(settings)
@@ -114,6 +118,25 @@ class Memory:
             raise SearchError(
                 f"the study {self.study.study_name!r} was made with {other[0]}={before[other[0]]!r}, now it "
                 f"is {now[other[0]]!r}; resume with the same arguments, or give another name"
+            )
+
+    def keep_identity(self, identity: dict[str, str]) -> None:
+        """Keep what is searched, or check it against what the study has searched so far.
+
+        Raises:
+            SearchError: network or task are others.
+
+        """
+        before = self.read("identity")
+        if before is None:
+            self.keep("identity", identity)
+            return
+        other = [name for name in identity if identity[name] != before.get(name)]
+        if other:
+            raise SearchError(
+                f"the study {self.study.study_name!r} was made with other {other[0]} "
+                f"({before.get(other[0])}, now {identity[other[0]]}): its scores would not be comparable; "
+                "give the same model and task, or another name"
             )
 
     def settings(self) -> Settings:
@@ -202,6 +225,10 @@ def made_study(
 
     """
     if storage is None and name is not None:
+        if name != Path(name).name or name.startswith("."):
+            raise SearchError(
+                f"name={name!r} names the journal too; give one that a file may have, or storage="
+            )
         storage = f"{name}.journal"
     minimized = ("minimize" for _ in settings.costs)
     with _quiet():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -136,11 +137,18 @@ class _Supernet:
         groups = parameter_groups(everything, lr=recipe.lr, weight_decay=recipe.weight_decay)
         optimizer = torch.optim.AdamW(groups)
         warmup = max(1, steps // 10)
+        failed: list[Exception] = []
         for step in range(steps):
             first = step < steps // 2
             inputs, targets = batches.next()
             with self._as(random_params(self._space, rng)) as model:
-                loss = task.loss(call(model, inputs), targets)
+                try:
+                    loss = task.loss(call(model, inputs), targets)
+                except Exception as error:
+                    # A last batch of one sample, say, which some methods cannot be trained on.
+                    failed.append(error)
+                    stage.advance()
+                    continue
             optimizer.zero_grad()
             if loss.isfinite():
                 loss.backward()
@@ -157,6 +165,11 @@ class _Supernet:
                 if norm.isfinite():
                     optimizer.step()
             stage.advance()
+        if 2 * len(failed) > steps:
+            raise SearchError(
+                f"{len(failed)} of {steps} steps of the supernet failed, the last with "
+                f"{type(failed[-1]).__name__}: {failed[-1]}; search with sense=False"
+            ) from failed[-1]
         optimizer.zero_grad()
 
     @torch.no_grad()
@@ -164,12 +177,19 @@ class _Supernet:
         """Return a plan's mean loss in eval mode after its running statistics have seen a few batches."""
         with self._as(plan) as model:
             model.train()
-            with _forgetful(model):
-                for inputs, _ in held[:_REFRESH]:
-                    call(model, inputs)
-            model.eval()
-            losses = [float(task.loss(call(model, inputs), targets)) for inputs, targets in held[_REFRESH:]]
-            model.train()
+            try:
+                with _forgetful(model):
+                    for inputs, _ in held[:_REFRESH]:
+                        call(model, inputs)
+                model.eval()
+                losses = [
+                    float(task.loss(call(model, inputs), targets)) for inputs, targets in held[_REFRESH:]
+                ]
+            except Exception:
+                # What cannot run on these batches is as bad as what diverges.
+                return math.inf
+            finally:
+                model.train()
         return float(np.mean(losses))
 
 

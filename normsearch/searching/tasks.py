@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from optuna.trial import BaseTrial
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from normsearch.errors import SearchError
 from normsearch.forward import call, evaluating
@@ -89,30 +90,56 @@ class Task:
                     f"{name} is a {type(pairs).__name__}, which can be read only once; give a list or a "
                     "DataLoader"
                 )
-        if self.confirmation is None and len(list(islice(self.validation, 2))) < 2:
+        if not isinstance(self.recipe, Recipe):
+            raise SearchError(f"recipe={self.recipe!r}: give a Recipe, as Recipe(steps=200, lr=1e-3)")
+        for name in ("loss", "metric"):
+            if not callable(getattr(self, name)):
+                raise SearchError(f"{name}={getattr(self, name)!r}: give a function")
+        if self.confirmation is not None:
+            if next(iter(self.confirmation), None) is None:
+                raise SearchError("confirmation has no batch; give one that holds some, or leave it out")
+            return
+        first = list(islice(self.validation, 2))
+        if len(first) < 2:
             raise SearchError(
                 "validation has fewer than two batches, so that none can be kept to confirm by; give smaller "
                 "batches, or confirmation="
             )
+        if not _same(first[0], next(iter(self.validation))):
+            raise SearchError(
+                "validation gives other batches each time it is read, so that none can be kept to confirm "
+                "by; give a loader that does not shuffle, or confirmation="
+            )
 
     def __call__(self, model: nn.Module, trial: BaseTrial) -> float:
         """Train ``model`` and return its metric on the validation split."""
-        self._train(model)
+        self.train_on(model)
+        return self.score(model)
+
+    def score(self, model: nn.Module) -> float:
+        """Return the metric of ``model`` as it is on the validation split."""
         return self._score(
             model, _Every(self.validation, 2, 0) if self.confirmation is None else self.validation
         )
 
     def confirm(self, model: nn.Module, trial: BaseTrial) -> float:
         """Train ``model`` and return its metric on the split that trials do not see."""
-        self._train(model)
-        kept = _Every(self.validation, 2, 1) if self.confirmation is None else self.confirmation
-        return self._score(model, kept)
+        self.train_on(model)
+        return self._score(model, self._kept())
+
+    def confirmed_on(self) -> int:
+        """Return the number of samples in the split that trials do not see."""
+        return sum(len(targets) if hasattr(targets, "__len__") else 1 for _, targets in self._kept())
+
+    def _kept(self) -> Iterable[Any]:
+        return _Every(self.validation, 2, 1) if self.confirmation is None else self.confirmation
 
     def inputs(self) -> Iterator[Any]:
         """Yield the inputs of the training split, without targets."""
         return (pair[0] for pair in self.train)
 
-    def _train(self, model: nn.Module) -> None:
+    def train_on(self, model: nn.Module) -> None:
+        """Train ``model`` by the recipe."""
         seed_loader(self.train)
         # A list has one order: without another one, all seeds of the confirmation would train alike.
         train = _Shuffled(self.train) if isinstance(self.train, Sequence) else self.train
@@ -145,6 +172,15 @@ class _Shuffled:
         return (self.pairs[number] for number in torch.randperm(len(self.pairs)).tolist())
 
 
+def _same(one: Any, other: Any) -> bool:
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=False)
+    return all(not isinstance(a, Tensor) or (isinstance(b, Tensor) and _equal(a, b)) for a, b in pairs)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def seed_loader(loader: Iterable[Any]) -> None:
     """Seed a loader's own generators from torch's, so that its order follows from that one's state."""
     for generator in generators_of(loader):
@@ -155,7 +191,10 @@ def accuracy(model: nn.Module, pairs: Iterable[Any]) -> float:
     """Return the share of inputs whose largest output is the target's class; outputs (N, classes, …)."""
     right = total = 0
     for inputs, targets in pairs:
-        found = call(model, inputs).argmax(1)
+        output = call(model, inputs)
+        if output.isnan().any():
+            raise SearchError("the network's outputs hold NaN; look for NaN in the inputs, or lower the rate")
+        found = output.argmax(1)
         right += int((found == targets).sum())
         total += targets.numel()
     if not total:

@@ -86,7 +86,18 @@ def run_trials(
             continue
         if on_trial is not None:
             on_trial(deepcopy(study._storage.get_trial(trial_id)))
-        failures.add(outcome)
+        try:
+            failures.add(outcome)
+        except SearchError:
+            _try_again(study)
+            raise
+
+
+def _try_again(study: Study) -> None:
+    """Let the plans that failed wait for a mended objective: often those that a search starts with."""
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state == TrialState.FAIL and trial.params:
+            study.enqueue_trial(dict(trial.params), user_attrs={"origin": trial.user_attrs.get("origin")})
 
 
 def counted_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:

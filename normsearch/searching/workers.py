@@ -14,6 +14,7 @@ from torch import nn
 
 from normsearch.errors import SearchError
 from normsearch.progress import OnProgress, Stage
+from normsearch.searching.identity import identity
 from normsearch.searching.leases import LeaseTerms
 from normsearch.searching.objectives import Evaluation, Objective
 from normsearch.searching.resident import Resident
@@ -114,6 +115,7 @@ def join(
     resident = Resident(model)
     _await(memory, on_progress)
     space = memory.space(resident.model)
+    memory.keep_identity(identity(resident, objective))
     # Imported here: samplers read what workers keep.
     from normsearch.searching.samplers import sampler_named
 
