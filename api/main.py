@@ -1,0 +1,73 @@
+"""create_app: the application, put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from api.database import Database, sqlite_url
+from api.keys import Rate
+from api.observing import Metrics, Observing
+from api.parts import Parts
+from api.problems import ProblemError, answer, without_json
+from api.routes import health
+from api.settings import Settings
+
+_ABOUT = """\
+Upload a checkpoint of a trained network, and get it back with its BatchNorm layers replaced.
+
+Errors are problem details (RFC 9457). Every POST takes an `Idempotency-Key`. Lists have `next`, to be given
+back as `cursor`. Requests carry `Authorization: Bearer KEY`."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Return the application; nothing is opened until it starts.
+
+    Args:
+        settings: the settings; those of the environment by default.
+
+    """
+    settings = Settings() if settings is None else settings
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        url = settings.database_url
+        database = Database(sqlite_url(settings.data) if url is None else url.get_secret_value())
+        app.state.parts = Parts(settings, database, metrics, Rate(settings.requests_per_minute))
+        try:
+            yield
+        finally:
+            database.close()
+
+    # The interactive pages load scripts from elsewhere; /openapi.json is enough.
+    app = FastAPI(
+        title="normsearch",
+        version="1",
+        description=_ABOUT,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers=dict.fromkeys((ProblemError, HTTPException, RequestValidationError), answer),
+    )
+    app.add_middleware(Observing, metrics=metrics)
+    app.include_router(health.router)
+    _document(app)
+    return app
+
+
+def _document(app: FastAPI) -> None:
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = without_json(generate())
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
