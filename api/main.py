@@ -10,13 +10,15 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from api.answering import COMMON
 from api.database import Database, sqlite_url
 from api.keys import Rate
 from api.observing import Metrics, Observing
 from api.parts import Parts
 from api.problems import ProblemError, answer, without_json
-from api.routes import health
+from api.routes import health, uploads
 from api.settings import Settings
+from api.store import Store
 
 _ABOUT = """\
 Upload a checkpoint of a trained network, and get it back with its BatchNorm layers replaced.
@@ -40,7 +42,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
         url = settings.database_url
         database = Database(sqlite_url(settings.data) if url is None else url.get_secret_value())
-        app.state.parts = Parts(settings, database, metrics, Rate(settings.requests_per_minute))
+        store = Store(settings.data, database, settings.reserve_bytes)
+        app.state.parts = Parts(settings, database, store, metrics, Rate(settings.requests_per_minute))
         try:
             yield
         finally:
@@ -58,6 +61,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.add_middleware(Observing, metrics=metrics)
     app.include_router(health.router)
+    for noun in (uploads,):
+        app.include_router(noun.router, responses=COMMON)
     _document(app)
     return app
 

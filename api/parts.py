@@ -15,6 +15,7 @@ from api.keys import EVERYONE, Owner, Rate, owner_of
 from api.observing import Metrics
 from api.problems import ProblemError
 from api.settings import Settings
+from api.store import Store
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Parts:
 
     settings: Settings
     database: Database
+    store: Store
     metrics: Metrics
     rate: Rate
 

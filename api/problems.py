@@ -10,6 +10,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 MEDIA_TYPE = "application/problem+json"
@@ -133,6 +134,10 @@ def as_problem(error: Exception) -> ProblemError:
         if error.status_code == 404:
             detail = "there is nothing at this address; /openapi.json lists what there is"
         return ProblemError(error.status_code, kind, detail, error.headers)
+    if isinstance(error, OperationalError):
+        if "full" in str(error.orig):
+            return ProblemError(507, "disk-full", "the disk has no room; nothing was kept: tell the operator")
+        return ProblemError(503, "busy", "the database does not answer; try again", {"Retry-After": "5"})
     return ProblemError(500, "internal", "the server's log has the details under this request id")
 
 
