@@ -70,7 +70,7 @@ class Incoming:
         if self._checked < 0 or self.size + len(data) - self._checked > _STEP:
             self._checked = self.size
             if shutil.disk_usage(self._folder).free - len(data) < self._reserve:
-                raise _no_room()
+                raise no_room()
         self._hash.update(data)
         rest = memoryview(data)
         with disk():
@@ -118,7 +118,7 @@ class Store:
 
         """
         if shutil.disk_usage(self._incoming).free < self._reserve:
-            raise _no_room()
+            raise no_room()
         return Incoming(self._incoming, most, too_large, self._reserve)
 
     def keep(self, connection: sa.Connection, incoming: Incoming, content: Content) -> None:
@@ -204,11 +204,12 @@ def disk() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise _no_room() from error
+            raise no_room() from error
         raise
 
 
-def _no_room() -> ProblemError:
+def no_room() -> ProblemError:
+    """Return what is answered where the disk is full."""
     return ProblemError(
         507,
         "disk-full",
