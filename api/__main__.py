@@ -11,6 +11,7 @@ import uvicorn
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from api import keys
+from api.confinement import hide
 from api.database import Database, sqlite_url
 from api.main import create_app
 from api.observing import log_as_json
@@ -34,8 +35,9 @@ def serve(
             "leave out --host, or make keys with `python -m api keys create` and unset NORMSEARCH_OPEN"
         )
     log_as_json()
+    hide()
     uvicorn.run(
-        create_app(settings),
+        create_app(settings, warm=True),
         host=host,
         port=port,
         log_config=None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,19 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Open a transaction that writes; in SQLite it waits here until it is the only one."""
-        with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
-            yield connection
+        """Open a transaction that writes; in SQLite it waits here until it is the only one.
+
+        What was done outside of the database is undone if it fails: ``undoing`` says how.
+        """
+        undo: list[Callable[[], None]] = []
+        try:
+            options = {"writes": True, "undo": undo}
+            with self._engine.connect().execution_options(**options) as connection, connection.begin():
+                yield connection
+        except BaseException:
+            for step in undo:
+                step()
+            raise
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -143,6 +153,11 @@ class Database:
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()
+
+
+def undoing(connection: sa.Connection, step: Callable[[], None]) -> None:
+    """Have a step done after the transaction, should it fail."""
+    connection.get_execution_options()["undo"].append(step)
 
 
 def sqlite_url(folder: Path) -> str:

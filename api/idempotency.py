@@ -135,3 +135,20 @@ def _in_work() -> ProblemError:
     return ProblemError(
         409, "conflict", "the first request with this Idempotency-Key is still in work", {"Retry-After": "5"}
     )
+
+
+def same_request(database: Database, owner: Owner, key: str | None, request: str) -> None:
+    """Hold a key to its request where nothing is made, so that the work may simply be done again.
+
+    Raises:
+        ProblemError: 422; the key came with another request before.
+
+    """
+    if key is None:
+        return
+    with database.write() as connection:
+        attempt = new_id("try")
+        if _claim(connection, owner, key, request, attempt) is None:
+            mine = (IDEMPOTENCY.c.owner == owner.id, IDEMPOTENCY.c.key == key)
+            nothing = json.dumps(asdict(Outcome(200, {})))
+            connection.execute(sa.update(IDEMPOTENCY).where(*mine).values(outcome=nothing))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
@@ -14,19 +15,38 @@ from api.database import Database
 from api.keys import EVERYONE, Owner, Rate, owner_of
 from api.observing import Metrics
 from api.problems import ProblemError
+from api.sandbox import Sandbox
 from api.settings import Settings
 from api.store import Store
+from api.tasks import Catalogue
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts that routes work with."""
+    """The parts that routes work with.
+
+    Attributes:
+        settings: what the environment says.
+        database: where everything is written down.
+        store: the files.
+        sandbox: the children.
+        metrics: the numbers for operators.
+        rate: how often each may ask.
+        turns: how many children may be at work.
+        threads: where the work waits for its child, apart from the threads of short requests.
+        known: what children know by name, once one was asked.
+
+    """
 
     settings: Settings
     database: Database
     store: Store
+    sandbox: Sandbox
     metrics: Metrics
     rate: Rate
+    turns: CapacityLimiter
+    threads: CapacityLimiter
+    known: list[Catalogue] = field(default_factory=list)
 
 
 def parts(request: Request) -> Parts:

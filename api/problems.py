@@ -128,6 +128,9 @@ def as_problem(error: Exception) -> ProblemError:
         ]
         detail = "; ".join(f"{one['pointer']}: {one['detail']}" for one in found)
         return ProblemError(422, "invalid-request", f"{detail}; /openapi.json has the form", errors=found)
+    if isinstance(error, HTTPException) and isinstance(error.__cause__, ProblemError):
+        # What was raised while a body was read, wrapped by the framework.
+        return error.__cause__
     if isinstance(error, HTTPException):
         kind = "not-found" if error.status_code == 404 else "http"
         detail = str(error.detail)

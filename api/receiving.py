@@ -14,13 +14,15 @@ from functools import partial
 from typing import Any
 
 import anyio
+import sqlalchemy as sa
 from anyio.to_thread import run_sync
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from api.database import UPLOADS
 from api.keys import Owner
-from api.owned import quota_exceeded, refuse_beyond_quota
+from api.owned import add, quota_exceeded, refuse_beyond_quota
 from api.parts import Parts
 from api.problems import ProblemError
 from api.store import Content, Incoming
@@ -243,6 +245,19 @@ class _Form:
 
 def _malformed(what: str) -> ProblemError:
     return ProblemError(422, "invalid-request", f"the form is not as it must be: {what}")
+
+
+def keep_upload(
+    connection: sa.Connection, service: Parts, owner: Owner, file: Incoming, content: Content, name: str
+) -> tuple[sa.Row[Any], bool]:
+    """Make a received file an upload; return it, and whether the same file was there under the same name."""
+    service.store.keep(connection, file, content)
+    same = (UPLOADS.c.owner == owner.id, UPLOADS.c.name == name, UPLOADS.c.sha256 == content.sha256)
+    row = connection.execute(sa.select(UPLOADS).where(*same)).one_or_none()
+    if row is not None:
+        return row, True
+    values = {"name": name, "size": content.size, "sha256": content.sha256}
+    return add(connection, UPLOADS, owner, service.settings, **values), False
 
 
 def checked_name(name: str | None) -> str:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,7 +23,7 @@ from typing import Self
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from api.database import ARTIFACTS, BLOBS, DATASETS, MODELS, UPLOADS, Database
+from api.database import ARTIFACTS, BLOBS, DATASETS, MODELS, UPLOADS, Database, undoing
 from api.problems import ProblemError
 
 #: The free space is looked at again after so many bytes.
@@ -125,6 +126,7 @@ class Store:
         """Put a finished file in its place, within the transaction that refers to it."""
         self._lock(connection, content)
         place = self._place(content.sha256)
+        undoing(connection, partial(self.forget, content))
         with disk():
             place.parent.mkdir(exist_ok=True, mode=0o700)
             os.replace(incoming.path, place)
@@ -139,16 +141,14 @@ class Store:
         """Return the file with a content; it is only read."""
         return self._place(sha256)
 
-    def forget(self, sha256: str) -> None:
-        """Remove a content if nothing refers to it any more."""
+    def forget(self, content: Content) -> None:
+        """Remove a content if nothing refers to it, with or without a row."""
         with self._database.write() as connection:
-            row = connection.execute(
-                sa.select(BLOBS).where(BLOBS.c.sha256 == sha256).with_for_update()
-            ).one_or_none()
-            if row is None or self._is_used(connection, sha256):
-                return
-            connection.execute(sa.delete(BLOBS).where(BLOBS.c.sha256 == sha256))
-            self._place(sha256).unlink(missing_ok=True)
+            # Waits for whoever is about to refer to it.
+            self._lock(connection, content)
+            if not self._is_used(connection, content.sha256):
+                connection.execute(sa.delete(BLOBS).where(BLOBS.c.sha256 == content.sha256))
+                self._place(content.sha256).unlink(missing_ok=True)
 
     def _place(self, sha256: str) -> Path:
         return self._blobs / sha256[:2] / sha256
@@ -180,12 +180,8 @@ class Store:
         with self._database.read() as connection:
             known = set(connection.scalars(sa.select(BLOBS.c.sha256)))
         for path in self._blobs.glob("??/*"):
-            if path.name in known:
-                continue
-            with self._database.write() as connection:
-                # Waits for whoever is about to refer to it.
-                self._lock(connection, Content(path.name, path.stat().st_size))
-            self.forget(path.name)
+            if path.name not in known:
+                self.forget(Content(path.name, path.stat().st_size))
 
 
 def used_bytes(connection: sa.Connection, owner: str) -> int:

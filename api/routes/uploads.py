@@ -13,10 +13,10 @@ from api.answering import CREATED, answered
 from api.database import UPLOADS
 from api.idempotency import Commit, IdempotencyKey, Outcome, fingerprint, once
 from api.keys import Owner
-from api.owned import Cursor, Identifier, Limit, add, fetch, page, remove
+from api.owned import Cursor, Identifier, Limit, fetch, page, remove
 from api.parts import Asking, Parts, Service
 from api.problems import documented
-from api.receiving import FORM_ROOM, checked_name, incoming, receive_form, receive_raw
+from api.receiving import FORM_ROOM, checked_name, incoming, keep_upload, receive_form, receive_raw
 from api.schemas import Page, Upload
 from api.store import Content, Incoming
 
@@ -34,28 +34,12 @@ _EXISTED: dict[int | str, Any] = {200: {"model": Upload, "description": "The sam
 
 
 def kept(service: Parts, owner: Owner, file: Incoming, content: Content, name: str) -> Commit:
-    """Return what makes a received file an upload; the same file under the same name is the same upload."""
+    """Return the last step of an upload."""
 
     def commit(connection: sa.Connection) -> Outcome:
-        service.store.keep(connection, file, content)
-        same = (
-            UPLOADS.c.owner == owner.id,
-            UPLOADS.c.name == name,
-            UPLOADS.c.sha256 == content.sha256,
-        )
-        row = connection.execute(sa.select(UPLOADS).where(*same)).one_or_none()
-        status = 201 if row is None else 200
-        if row is None:
-            row = add(
-                connection,
-                UPLOADS,
-                owner,
-                service.settings,
-                name=name,
-                size=content.size,
-                sha256=content.sha256,
-            )
-        return Outcome(status, Upload.of(row).model_dump(mode="json"), f"/v1/uploads/{row.id}")
+        row, existed = keep_upload(connection, service, owner, file, content, name)
+        document = Upload.of(row).model_dump(mode="json")
+        return Outcome(200 if existed else 201, document, f"/v1/uploads/{row.id}")
 
     return commit
 
@@ -129,5 +113,5 @@ def delete(service: Service, asking: Asking, identifier: Identifier) -> Response
     """Delete an upload that nothing was made from."""
     with service.database.write() as connection:
         row = remove(connection, UPLOADS, asking, identifier)
-    service.store.forget(row.sha256)
+    service.store.forget(Content(row.sha256, row.size))
     return Response(status_code=204)
