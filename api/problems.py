@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -114,7 +115,22 @@ def not_found(noun: str, identifier: str) -> ProblemError:
 
 async def answer(request: Request, error: Exception) -> JSONResponse:
     """Answer any exception; only what is foreseen says more than that something went wrong."""
-    return as_problem(error).response(request.scope.get("request_id", ""))
+    problem = as_problem(error)
+    if problem.status == 405:
+        problem.headers["Allow"] = ", ".join(_methods(request))
+    return problem.response(request.scope.get("request_id", ""))
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods that an address understands; the framework names those of one route alone."""
+    paths = request.app.openapi()["paths"]
+    found = {
+        method.upper()
+        for path, operations in paths.items()
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), request.url.path)
+        for method in operations
+    }
+    return sorted(found)
 
 
 def as_problem(error: Exception) -> ProblemError:

@@ -34,7 +34,13 @@ _WEIGHTS: dict[str, Any] = {
 }
 _FIELDS = ConvertForm.model_json_schema()
 _FIELDS["properties"] = {"file": {"type": "string", "format": "binary"}, **_FIELDS["properties"]}
-_FIELDS["required"] = ["file"]
+_FIELDS["oneOf"] = [{"required": ["file", "to"]}, {"required": ["file", "plan"]}]
+for _field in _FIELDS["properties"].values():
+    # A form has no null: what is not there is left out.
+    if "anyOf" in _field:
+        (_kind,) = (one for one in _field.pop("anyOf") if one != {"type": "null"})
+        _field.update(_kind)
+        _field.pop("default", None)
 _FORM = {"schema": _FIELDS}
 
 
