@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import Annotated, NoReturn
 
 import typer
-import uvicorn
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from api import keys
@@ -15,6 +14,7 @@ from api.confinement import hide
 from api.database import Database, sqlite_url
 from api.main import create_app
 from api.observing import log_as_json
+from api.server import run
 from api.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -36,17 +36,7 @@ def serve(
         )
     log_as_json()
     hide()
-    uvicorn.run(
-        create_app(settings, warm=True),
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=15,
-        timeout_graceful_shutdown=30,
-    )
+    run(create_app(settings, warm=True), host, port)
 
 
 @keys_app.command()

@@ -10,7 +10,7 @@ from api.idempotency import Outcome
 from api.problems import documented
 
 #: What every route under /v1 may be answered with.
-COMMON = documented(400, 401, 403, 429, 503)
+COMMON = documented(400, 401, 403, 408, 413, 429, 503)
 CREATED: dict[str, Any] = {
     "headers": {
         "Location": {"description": "where it is", "schema": {"type": "string"}},

@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+import anyio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,8 @@ from api.problems import ProblemError, as_problem
 LOG = logging.getLogger("normsearch.api")
 #: The largest body of a request that is not a file.
 MOST_BODY = 4 * 2**20
+#: Seconds in which it must have arrived.
+_BODY_SECONDS = 30.0
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: Nothing that is served may run, be framed, be guessed to be of another type, or be kept by a proxy.
 HEADERS = {
@@ -104,14 +107,23 @@ class Observing:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         scope["request_id"] = given if _GIVEN_ID.fullmatch(given) else secrets.token_hex(8)
         start, status = time.monotonic(), 0
-        received = 0
+        received, is_complete = 0, False
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+            nonlocal received, is_complete
             # Routes that take files say so, and keep limits of their own.
-            if received > MOST_BODY and not scope.get("takes_files"):
+            if is_complete or scope.get("takes_files"):
+                return await receive()
+            try:
+                with anyio.fail_after(start + _BODY_SECONDS - time.monotonic()):
+                    message = await receive()
+            except TimeoutError as error:
+                raise ProblemError(
+                    408, "too-slow", "the request's body did not arrive; send it again"
+                ) from error
+            is_complete = not message.get("more_body", False)
+            received += len(message.get("body", b""))
+            if received > MOST_BODY:
                 raise ProblemError(
                     413, "too-large", f"a request's body has at most {MOST_BODY:,} bytes, unless it is a file"
                 )

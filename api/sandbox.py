@@ -44,7 +44,7 @@ _SET = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-_TICK, _PATIENCE = 0.2, 10.0
+_TICK, _PATIENCE, _START = 0.2, 10.0, 120.0
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
 
@@ -258,14 +258,25 @@ class Sandbox:
             start_new_session=True,
         )
         theirs.close()
-        mine.settimeout(120)
-        if mine.recv(16) != b"ready":
+        if not self._is_ready(mine):
             mine.close()
+            self._process.kill()
+            if self._closed.is_set():
+                raise CancelledError
             raise ProblemError(
                 503, "busy", "the process for children does not start; the operator's log says why"
             )
         mine.settimeout(_PATIENCE)
         self._control = mine
+
+    def _is_ready(self, control: socket.socket) -> bool:
+        """Wait until everything is imported; False if that fails, or the service ends first."""
+        deadline = time.monotonic() + _START
+        control.settimeout(_TICK)
+        while not self._closed.is_set() and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                return control.recv(16) == b"ready"
+        return False
 
     def _end(self) -> None:
         if self._control is not None:

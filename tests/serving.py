@@ -45,9 +45,9 @@ def bearer(client: TestClient, name: str = "a", quota_bytes: int | None = None) 
 @contextmanager
 def running(folder: Path, grace: float | None = None, **environment: str) -> Iterator[int]:
     """The service as a process of its own, open on a free port, which is returned."""
-    code = "import api.receiving, api.__main__ as main\n"
+    code = "import api.observing, api.receiving, api.server, api.__main__ as main\n"
     if grace is not None:
-        code += f"api.receiving._GRACE = {grace}\n"
+        code += f"api.receiving._GRACE = api.observing._BODY_SECONDS = api.server.HEAD = {grace}\n"
     code += "main.app(['serve', '--port', '0'])"
     given = {
         **os.environ,

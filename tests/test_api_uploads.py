@@ -284,6 +284,13 @@ def test_what_was_left_behind_is_removed_at_the_start(tmp_path: Path) -> None:
             assert file.read_bytes() == CONTENT
 
 
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A server that waits for a second at most."""
+    with running(tmp_path_factory.mktemp("impatient"), grace=1.0) as number:
+        yield number
+
+
 class TestOverTheNetwork:
     """What only a real server shows: answers before the body, slow clients, clients that go away."""
 
@@ -312,6 +319,23 @@ class TestOverTheNetwork:
             while _files(tmp_path) and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert _files(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            b"",
+            b"GET /health/live HTTP/1.1\r\nHost: x\r\n",
+            b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /health",
+            b"POST /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100\r\n\r\n{",
+        ],
+    )
+    def test_requests_that_never_end_are_ended(self, sent: bytes, port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port), 20) as line:
+            line.sendall(sent)
+            start = time.monotonic()
+            while line.recv(1000):
+                assert time.monotonic() - start < 5
 
     def test_many_at_a_time(self, tmp_path: Path) -> None:
         import httpx2
