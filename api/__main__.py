@@ -10,7 +10,7 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from api import keys
-from api.confinement import hide
+from api.confinement import forget_environment, hide
 from api.database import Database, sqlite_url
 from api.main import create_app
 from api.observing import log_as_json
@@ -35,6 +35,8 @@ def serve(
             "leave out --host, or make keys with `python -m api keys create` and unset NORMSEARCH_OPEN"
         )
     log_as_json()
+    # Neither passwords in URLs nor tokens stay where another process could look.
+    forget_environment("NORMSEARCH_")
     hide()
     run(create_app(settings, warm=True), host, port)
 

@@ -62,6 +62,20 @@ def hide() -> None:
     _LIBC.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
+def forget_environment(prefix: str) -> None:
+    """Remove variables from the environment, and from the memory in which the system shows what it was."""
+    for name in [name for name in os.environ if name.startswith(prefix)]:
+        del os.environ[name]
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    # The 50th and 51st of proc(5); the list starts with the third.
+    start, end = int(fields[47]), int(fields[48])
+    place = start
+    for entry in ctypes.string_at(start, end - start).split(b"\0"):
+        if entry.startswith(prefix.encode()):
+            ctypes.memset(place, 0, len(entry))
+        place += len(entry) + 1
+
+
 def die_with_parent(parent: int) -> None:
     """Be killed when the thread that forked this process ends; at once if it has ended."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -113,6 +113,9 @@ class Database:
     def __init__(self, url: str) -> None:
         parsed = sa.make_url(url)
         self._is_sqlite = parsed.get_backend_name() == "sqlite"
+        if parsed.drivername == "postgresql":
+            # The driver that the extra installs, instead of SQLAlchemy's older default.
+            parsed = parsed.set(drivername="postgresql+psycopg")
         options: dict[str, Any] = {"pool_pre_ping": True}
         if self._is_sqlite:
             options = {"connect_args": {"timeout": _PATIENCE}}

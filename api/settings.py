@@ -24,7 +24,7 @@ class Settings(BaseSettings):
     data: Path = Field(Path("normsearch-data"), description="folder of the database and of every file")
     database_url: SecretStr | None = Field(
         None,
-        description="URL as for SQLAlchemy, `postgresql+psycopg://…`; default: SQLite in the data folder",
+        description="`postgresql://USER:PASSWORD@HOST/NAME`; default: SQLite in the data folder",
     )
     open: bool = Field(False, description="1: no API keys, for loopback addresses alone")
     factories: dict[str, str] = Field(

@@ -217,6 +217,20 @@ def test_data_are_in_no_readable_folder(tmp_path: Path) -> None:
     assert set(without(tmp_path / "c", tmp_path / "a" / "data")) == {tmp_path / "c"}
 
 
+def test_environment_is_forgotten_where_the_system_shows_it() -> None:
+    code = (
+        "import os; from pathlib import Path; from api.confinement import forget_environment; "
+        "forget_environment('NORMSEARCH_'); "
+        "shown = Path('/proc/self/environ').read_bytes(); "
+        "print(b'hunter2' in shown, b'KEPT=1' in shown, 'NORMSEARCH_A' in os.environ, os.environ['KEPT'])"
+    )
+    given = {"NORMSEARCH_A": "hunter2", "KEPT": "1", "NORMSEARCH_B": "hunter2", "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=given, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True", "False", "1"]
+
+
 _PARENT = """
 import sys
 from pathlib import Path
