@@ -9,9 +9,9 @@ from typing import TypeVar
 import anyio
 from anyio.to_thread import run_sync
 
+from api.forking import EndingError
 from api.parts import Parts
 from api.problems import ProblemError
-from api.sandbox import CancelledError
 from api.tasks import Scalar, Source
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ async def in_turn(service: Parts, work: Callable[[], T]) -> T:
         ) from error
     try:
         return await run_sync(work, limiter=service.threads)
-    except CancelledError as error:
+    except EndingError as error:
         raise ProblemError(503, "busy", "the service is ending; try again", {"Retry-After": "10"}) from error
     finally:
         service.turns.release_on_behalf_of(turn)

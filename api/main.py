@@ -14,12 +14,13 @@ from starlette.exceptions import HTTPException
 
 from api.answering import COMMON
 from api.database import Database, sqlite_url
+from api.forking import EndingError
 from api.keys import Rate
 from api.observing import LOG, Metrics, Observing
 from api.parts import Parts
 from api.problems import ProblemError, answer, without_json
 from api.routes import architectures, artifacts, convert, datasets, health, methods, models, plans, uploads
-from api.sandbox import CancelledError, Sandbox
+from api.sandbox import Sandbox
 from api.settings import Settings
 from api.store import Store
 
@@ -81,7 +82,7 @@ def _warm(sandbox: Sandbox) -> None:
     """Have a first child say which means of confinement apply here, and log it."""
     try:
         LOG.info("children are confined", extra={"fields": sandbox.confinement().model_dump()})
-    except (ProblemError, CancelledError):
+    except (ProblemError, EndingError):
         LOG.exception("no children")
 
 

@@ -17,10 +17,12 @@ import pytest
 from hostile import Ask, Seen
 from serving import ROOT, settings
 
+from api.forking import without
+from api.hearing import open_plain
 from api.messages import Progressed
 from api.observing import Metrics
 from api.problems import ProblemError
-from api.sandbox import CancelledError, Sandbox, _remove, open_plain, without
+from api.sandbox import CancelledError, Sandbox, _remove
 
 MEMORY = 300_000_000
 
@@ -185,13 +187,13 @@ def test_cancelling_kills_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
 
 
 def test_process_that_forks_is_started_again(sandbox: Sandbox) -> None:
-    assert sandbox._process is not None
-    first = sandbox._process.pid
-    sandbox._process.kill()
-    sandbox._process.wait()
+    assert sandbox._forker.process is not None
+    first = sandbox._forker.process.pid
+    sandbox._forker.process.kill()
+    sandbox._forker.process.wait()
     assert _run(sandbox, "obey").text
-    assert sandbox._process is not None
-    assert sandbox._process.pid != first
+    assert sandbox._forker.process is not None
+    assert sandbox._forker.process.pid != first
 
 
 def test_plain_files_alone_are_opened(tmp_path: Path) -> None:

@@ -144,6 +144,34 @@ def test_errors_are_problem_details(tmp_path: Path) -> None:
             assert "hunter2" not in answer.text
 
 
+def test_busy_and_ending_services_say_so(tmp_path: Path) -> None:
+    with served(tmp_path, wait_seconds=0.1) as client:
+        mine, parts = bearer(client), client.app.state.parts  # type: ignore[attr-defined]
+        assert client.portal is not None
+        client.portal.call(parts.turns.acquire_on_behalf_of, "somebody")
+        busy = client.post("/v1/models", json={"upload": "x"}, headers=mine)
+        assert (busy.status_code, busy.json()["type"]) == (503, "/problems/busy")
+        assert int(busy.headers["retry-after"]) > 0
+        assert client.get("/v1/uploads", headers=mine).status_code == 200
+        client.portal.call(parts.turns.release_on_behalf_of, "somebody")
+        parts.sandbox.close()
+        assert client.get("/v1/methods", headers=mine).status_code == 503
+
+
+def test_database_that_fails_is_503_or_507(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(tmp_path) as client:
+        _probed(client)
+        for reason, status in (("database is locked", 503), ("database or disk is full", 507)):
+
+            def fail(*_: Any, reason: str = reason) -> Any:
+                raise sa.exc.OperationalError("SELECT", {}, sqlite3.OperationalError(reason))
+
+            monkeypatch.setattr("api.parts.owner_of", fail)
+            answer = client.get("/probe", headers={"Authorization": "Bearer nsk_x"})
+            assert answer.status_code == status
+            assert "SELECT" not in answer.text
+
+
 def test_log_is_json_without_secrets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "normsearch.api")
     with served(tmp_path) as client:
