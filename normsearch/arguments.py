@@ -43,10 +43,16 @@ def read_architecture(name: str | None, arguments: Sequence[str]) -> Architectur
             raise ArchitectureError(f"--arguments gives {key} twice")
         values[key] = _scalar(value)
     architecture = Architecture(name, values)
-    here = str(Path.cwd())
-    if architecture.is_factory and here not in sys.path:
-        sys.path.insert(0, here)
+    if architecture.is_factory:
+        import_from_here()
     return architecture
+
+
+def import_from_here() -> None:
+    """Let modules in the current folder be imported, as with ``python -m``."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 def _scalar(text: str) -> Scalar:
@@ -91,6 +97,17 @@ def read_methods(texts: Sequence[str]) -> list[str]:
         left, equals, _ = text.partition("=")
         if equals and "(" not in left:
             raise PlanError(f"--to {text!r}: every method is tried at every site, so give methods alone")
+    return split_methods(texts)
+
+
+def split_methods(texts: Sequence[str]) -> list[str]:
+    """Return methods that are written with commas; those inside brackets are theirs.
+
+    Example:
+        >>> split_methods(["group,layer(axes=channel)", "rms"])
+        ['group', 'layer(axes=channel)', 'rms']
+
+    """
     return [choice for text in texts for choice in _choices(text)]
 
 

@@ -9,6 +9,7 @@ from normsearch.commands.converting import convert
 from normsearch.commands.inspecting import architectures, methods, plan, sites
 from normsearch.commands.measuring import compare, profile
 from normsearch.commands.reporting import report, sensitivity
+from normsearch.commands.searching import search, worker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +29,8 @@ for command in (
     sensitivity,
     calibrate,
     report,
+    search,
+    worker,
 ):
     app.command()(command)
 

@@ -40,9 +40,9 @@ class Stage:
         self._start = time.monotonic()
         self._report("")
 
-    def advance(self, detail: str = "") -> None:
-        """Count one step and report it."""
-        self._done += 1
+    def advance(self, detail: str = "", *, done: int | None = None) -> None:
+        """Count one step, or say how many are done where others work on the same stage, and report it."""
+        self._done = self._done + 1 if done is None else done
         self._report(detail)
 
     def _report(self, detail: str) -> None:

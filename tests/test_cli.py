@@ -397,7 +397,7 @@ def test_interrupt_is_clean(checkpoint: str, folder: Path) -> None:
 def test_help_names_every_command() -> None:
     text = cli("--help").stdout
     commands = ("methods", "architectures", "sites", "plan", "convert", "compare", "profile")
-    for command in (*commands, "sensitivity", "calibrate", "report"):
+    for command in (*commands, "sensitivity", "calibrate", "report", "search", "worker"):
         assert command in text
         assert "--json" in cli(command, "--help").stdout
 

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
@@ -29,6 +30,7 @@ from normsearch.calibration import Calibration, Rung
 from normsearch.dependence import BatchDependence
 from normsearch.reporting import Document, charts, document, page, sections
 from normsearch.reporting.gates import gates_of
+from normsearch.reporting.search_sections import SEARCH_SECTIONS
 from normsearch.reports import Change, Environment, Profile
 from normsearch.site_outputs import SiteDrift, site_drift
 from normsearch.text import percent, visible
@@ -394,7 +396,7 @@ def test_fused_layers_have_gates() -> None:
 def test_json_comes_back(made: tuple[Document, nn.Module, nn.Module, nn.Module], tmp_path: Path) -> None:
     found = made[0]
     assert Document.from_json(found.to_json()) == found
-    assert {section.kind for section in found.sections} == set(sections.SECTIONS)
+    assert {section.kind for section in found.sections} == set(sections.SECTIONS) - set(SEARCH_SECTIONS)
     html, text = found.save(tmp_path / "report.html")
     assert html.read_text("utf-8").rstrip() == found.to_html().rstrip()
     assert Document.from_json(text.read_bytes()) == found
@@ -860,6 +862,19 @@ addEventListener("load", () => {{
 </script>"""
 
 
+def width_of_frames(pages: Sequence[tuple[int, str]], folder: Path) -> list[tuple[int, int]]:
+    """Return the inner width of a frame for each page, and that of the page in it."""
+    frames = []
+    for width, text in pages:
+        # Without its policy, under which no style in an attribute counts.
+        source = escape(re.sub(r"<meta http-equiv=[^>]*>", "", text))
+        frames.append(f'<iframe width="{width}" height="900" style="border:0" srcdoc="{source}"></iframe>')
+    (folder / "x.html").write_text(_FRAMES.format(frames="".join(frames)), "utf-8")
+    done = browse(folder / "x.html", folder / "profile", "--window-size=1400,1000", "--dump-dom")
+    (title,) = re.findall(r"<title>(\[.*?\])</title>", done.stdout)
+    return [(inner, content) for inner, content in json.loads(title)]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
 def test_page_never_scrolls_sideways(
     made: tuple[Document, nn.Module, nn.Module, nn.Module], tmp_path: Path
@@ -871,15 +886,8 @@ def test_page_never_scrolls_sideways(
         (made[0].to_html().replace("</main>", wide), False),
     )
     cases = [(width, text, fits) for width in (320, 390, 768, 1280) for text, fits in pages]
-    frames = []
-    for width, text, _ in cases:
-        # Without its policy, under which no style in an attribute counts.
-        source = escape(re.sub(r"<meta http-equiv=[^>]*>", "", text))
-        frames.append(f'<iframe width="{width}" height="900" style="border:0" srcdoc="{source}"></iframe>')
-    (tmp_path / "x.html").write_text(_FRAMES.format(frames="".join(frames)), "utf-8")
-    done = browse(tmp_path / "x.html", tmp_path / "profile", "--window-size=1400,1000", "--dump-dom")
-    (title,) = re.findall(r"<title>(\[.*?\])</title>", done.stdout)
-    for (width, _, fits), (inner, content) in zip(cases, json.loads(title), strict=True):
+    found = width_of_frames([(width, text) for width, text, _ in cases], tmp_path)
+    for (width, _, fits), (inner, content) in zip(cases, found, strict=True):
         assert inner == width
         assert (content <= inner) == fits
 

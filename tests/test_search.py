@@ -29,6 +29,7 @@ from normsearch.searching import (
     SearchSpace,
     Task,
     accuracy,
+    join,
     measure_costs,
     sense,
 )
@@ -430,9 +431,10 @@ def test_task_is_trained_and_confirmed_on_data_that_no_trial_saw() -> None:
         top=1,
     )
     searched, confirmed = (torch.cat([x for x, _ in validation[i::2]]) for i in (0, 1))
-    assert all(torch.equal(x, searched) for x in seen[:9])
-    assert all(torch.equal(x, confirmed) for x in seen[9:])
-    assert len(seen) == 9 + 2 * len(result.confirmation) + 1
+    count = len(result.study.trials)
+    assert all(torch.equal(x, searched) for x in seen[:count])
+    assert all(torch.equal(x, confirmed) for x in seen[count:])
+    assert len(seen) == count + 2 * len(result.confirmation) + 1
     assert not result.same_split
     assert set(result.prior or {}) == set(result.space.distributions)
     assert accuracy(result.model.eval(), validation[1::2]) == pytest.approx(
@@ -453,6 +455,11 @@ def test_what_a_uniform_plans_gates_learned_is_tried_next() -> None:
     learned = [t for t in result.study.trials if t.user_attrs.get("origin") == "learned"]
     assert [t.params for t in learned] == [{"a.1": "instance"} | dict.fromkeys(SITES[1:], "batch")]
     assert learned[0].number == 3
+
+
+def test_a_task_tries_no_more_plans_than_there_are() -> None:
+    result = normsearch.search(network(), task(), methods=["batch", "group"], sites=["a.1", "b.1"], confirm=1)
+    assert len(result.study.trials) == len({tuple(t.params.values()) for t in result.study.trials}) == 4
 
 
 @pytest.mark.parametrize("sampler", ["norm", "tpe", "nsga2", "random", optuna.samplers.RandomSampler(seed=1)])
@@ -539,6 +546,29 @@ def test_the_posterior_knows_what_was_planted() -> None:
         assert sum(effect.trials for effect in row.values()) == len(done)
 
 
+def test_a_list_of_batches_is_trained_in_an_order_that_follows_the_seed() -> None:
+    scores = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = network()
+        torch.manual_seed(seed)
+        task(steps=3)(model, optuna.trial.FixedTrial({}))
+        scores.append(model.head.weight.detach().clone())  # type: ignore[union-attr]
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+
+
+def test_without_confirmation_the_best_plan_is_taken_at_its_word() -> None:
+    def objective(model: nn.Module, trial: Any) -> float:
+        return float(trial.params["a.1"] == "group") + float(trial.params["b.1"] == "batch")
+
+    found = normsearch.search(
+        network(), objective, methods=["batch", "group"], sites=["[ab].*"], n_trials=8, confirm=0
+    )
+    assert found.confirmation == ()
+    assert found.params == {"a.1": "group", "b.1": "batch"}
+
+
 def test_a_tasks_splits_must_be_readable_twice() -> None:
     with pytest.raises(SearchError, match="only once"):
         task(train=iter(pairs(3)))
@@ -585,3 +615,27 @@ def test_objectives_may_suggest_more() -> None:
 
     result = normsearch.search(network(), objective, **OPTIONS | {"n_trials": 6})
     assert "lr" in result.params
+
+
+def test_a_worker_waits_until_trials_begin_and_then_joins(tmp_path: Path) -> None:
+    kept = {"storage": tmp_path / "study.journal", "name": "s"}
+    run = Search(network(), Planted(), methods=["batch", "group", "instance"], n_trials=6, **kept)
+    # As if the search were still at it.
+    run.study.set_user_attr("normsearch:ready", None)
+    told: list[str] = []
+
+    def follow(progress: normsearch.Progress) -> None:
+        told.append(progress.stage)
+        if progress.stage.startswith("waiting"):
+            run.memory.keep("ready", True)
+
+    join(network(), Planted(), **kept, on_progress=follow)
+    assert told[0].startswith("waiting")
+    assert len(run.study.trials) == 6
+    with pytest.raises(SearchError, match="no study 't'; it has s"):
+        join(network(), Planted(), storage=kept["storage"], name="t")
+    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(SearchError, match=r"4 channels at 'a.1'; this one has nothing there"):
+        join(other, Planted(), **kept)
+    with pytest.raises(SearchError, match="memory"):
+        join(network(), Planted(), storage=optuna.storages.InMemoryStorage(), name="s")

@@ -22,7 +22,7 @@ class Landscape:
         methods: number of methods at each.
         score: scores of plans (n, sites) without noise.
         noise: standard deviation of one evaluation.
-        best: the best score there is (for constructed ones: that many climbs found).
+        best: the best score there is; for constructed ones, the best that repeated climbs find.
         mean: mean score of random plans.
         effects: each site's own effects (sites, methods): what a prior would like to know.
 
@@ -88,7 +88,7 @@ def effects_landscape(
     def score(x: Plans) -> Floats:
         return np.asarray(sum(part(x) * factor for part, factor in scaled))
 
-    best = _climbed(score, rng, sites, methods)
+    best = _best(score, rng, sites, methods)
     return Landscape(
         f"{'pairs' if order == 2 else 'triples'}, {sites} sites",
         sites,
@@ -101,11 +101,44 @@ def effects_landscape(
     )
 
 
+def table_landscape(name: str, table: Floats) -> Landscape:
+    """Return a landscape whose scores were measured: (methods,) * sites."""
+    everywhere = range(table.ndim)
+    main = [table.mean(tuple(other for other in everywhere if other != site)) for site in everywhere]
+    return Landscape(
+        name,
+        table.ndim,
+        table.shape[0],
+        lambda plans: np.asarray(table[tuple(plans.T)]),
+        0.0,
+        float(table.max()),
+        float(table.mean()),
+        np.array(main) - table.mean(),
+    )
+
+
+#: At 53 sites, climbs from random plans stay 1.5 % below what climbs from disturbed best plans find.
+_CLIMBS, _ROUNDS, _DISTURBED = 60, 8, 0.15
+
+
+def _best(score: Callable[[Plans], Floats], rng: np.random.Generator, sites: int, methods: int) -> float:
+    """Return the best score that climbs from random plans, and then from the disturbed best plan, find."""
+    plans, values = _climbed(score, rng, rng.integers(0, methods, (_CLIMBS, sites)), methods)
+    for _ in range(_ROUNDS):
+        best = plans[values.argmax()]
+        plans = np.where(
+            rng.random(plans.shape) < _DISTURBED, rng.integers(0, methods, plans.shape), best[None]
+        )
+        plans[0] = best
+        plans, values = _climbed(score, rng, plans, methods)
+    return float(values.max())
+
+
 def _climbed(
-    score: Callable[[Plans], Floats], rng: np.random.Generator, sites: int, methods: int, climbs: int = 200
-) -> float:
-    """Return the best score that climbs by one site at a time from random plans find."""
-    plans = rng.integers(0, methods, (climbs, sites))
+    score: Callable[[Plans], Floats], rng: np.random.Generator, plans: Plans, methods: int
+) -> tuple[Plans, Floats]:
+    """Return local optima and their scores."""
+    climbs, sites = plans.shape
     values = score(plans)
     while True:
         before = values.copy()
@@ -116,4 +149,4 @@ def _climbed(
             plans[:, site] = all_scores.argmax(0)
             values = all_scores.max(0)
         if np.allclose(values, before, atol=1e-12):
-            return float(values.max())
+            return plans, values

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-_USER = "normsearch"
+_OWNER = "normsearch"
 _PROGRAMS = ("initdb", "postgres", "pg_isready")
 
 
@@ -36,41 +36,72 @@ def version() -> str:
     return subprocess.run([_binary("postgres"), "--version"], capture_output=True, text=True).stdout.strip()
 
 
-@contextmanager
-def cluster() -> Iterator[str]:
-    """Start a server and give the URL of its database; stop it and remove everything in the end."""
-    folder = Path(tempfile.mkdtemp(prefix="normsearch-postgresql-"))
-    user = "postgres" if os.geteuid() == 0 else None
-    password, port = secrets.token_hex(16), _free_port()
-    try:
+class Server:
+    """A server that is running; ``url`` is that of its database."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._port = folder, _free_port()
+        self._user = "postgres" if os.geteuid() == 0 else None
+        password = secrets.token_hex(16)
+        self.url = f"postgresql://{_OWNER}:{password}@127.0.0.1:{self._port}/postgres"
         (folder / "password").write_text(password)
-        if user is not None:
+        if self._user is not None:
             for path in (folder, folder / "password"):
-                shutil.chown(path, user)
-        data, log = folder / "data", folder / "log"
-        make = [_binary("initdb"), "-D", str(data), "-U", _USER, "--auth=scram-sha-256", "--no-sync"]
+                shutil.chown(path, self._user)
+        make = [
+            _binary("initdb"),
+            "-D",
+            str(folder / "data"),
+            "-U",
+            _OWNER,
+            "--auth=scram-sha-256",
+            "--no-sync",
+        ]
         make += [f"--pwfile={folder / 'password'}", "--encoding=UTF8", "--locale=C"]
-        subprocess.run(make, user=user, check=True, capture_output=True, cwd=folder)
-        with log.open("w") as output:
-            serve = [
-                _binary("postgres"),
-                "-D",
-                str(data),
-                "-h",
-                "127.0.0.1",
-                "-p",
-                str(port),
-                "-k",
-                str(folder),
-            ]
-            server = subprocess.Popen(serve, user=user, stdout=output, stderr=output, cwd=folder)
+        subprocess.run(make, user=self._user, check=True, capture_output=True, cwd=folder)
+        self._process = self._start()
+
+    def restart(self) -> None:
+        """Break every connection and come back, as after a crash of the server."""
+        self.stop()
+        self._process = self._start()
+
+    def stop(self) -> None:
+        """Stop it at once: what is committed is in its log."""
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(30)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        data, log = self._folder / "data", self._folder / "log"
+        serve = [_binary("postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(self._port)]
+        with log.open("a") as output:
+            process = subprocess.Popen(
+                [*serve, "-k", str(self._folder)],
+                user=self._user,
+                stdout=output,
+                stderr=output,
+                cwd=self._folder,
+            )
+        ask = [_binary("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self._port)]
+        end = time.monotonic() + 30
+        while subprocess.run(ask).returncode != 0:
+            if process.poll() is not None or time.monotonic() > end:
+                process.kill()
+                raise RuntimeError(f"PostgreSQL did not start:\n{log.read_text()}")
+            time.sleep(0.05)
+        return process
+
+
+@contextmanager
+def cluster() -> Iterator[Server]:
+    """Start a server; stop it and remove everything in the end."""
+    folder = Path(tempfile.mkdtemp(prefix="normsearch-postgresql-"))
+    try:
+        server = Server(folder)
         try:
-            _wait(port, server, log)
-            yield f"postgresql://{_USER}:{password}@127.0.0.1:{port}/postgres"
+            yield server
         finally:
-            # The fast shutdown: it closes connections that are still open.
-            server.send_signal(signal.SIGINT)
-            server.wait(30)
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -93,12 +124,3 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def _wait(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    ask = [_binary("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
-    end = time.monotonic() + 30
-    while subprocess.run(ask).returncode != 0:
-        if server.poll() is not None or time.monotonic() > end:
-            raise RuntimeError(f"PostgreSQL did not start:\n{log.read_text()}")
-        time.sleep(0.05)

@@ -49,6 +49,20 @@ RESULTS = Path(__file__).parents[1] / "results"
 SEEDS, TRIALS, CONFIRM, TOP = 5, 40, 5, 3
 #: Seeds of the trainings that are scored on test; no search uses them.
 FRESH = tuple(range(1000, 1005))
+#: Files of the search that decide what is found; the others keep trials, check arguments and show results.
+_DECIDING = (
+    "climbing",
+    "confirming",
+    "learned",
+    "objectives",
+    "preparing",
+    "resident",
+    "sampler",
+    "space",
+    "supernet",
+    "surrogate",
+    "tasks",
+)
 VARIANTS = ("search", "no prior", "no uniform", "no veto")
 GRADIENT = ("switchable", "batch_instance")
 
@@ -92,7 +106,7 @@ def source() -> str:
     """Return a hash of the code that decides what a run gives."""
     package = Path(normsearch.__file__).parent
     files = [*sorted((package / "searching").glob("*.py")), Path(__file__).with_name("problems.py")]
-    kept = [f for f in files if f.stem not in ("storage", "leases", "report", "documents", "results")]
+    kept = [path for path in files if path.stem in (*_DECIDING, "problems")]
     return hashlib.sha256(b"".join(f.read_bytes() for f in kept)).hexdigest()[:12]
 
 

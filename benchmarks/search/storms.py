@@ -19,8 +19,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from normsearch.searching import LeaseTerms, NormSampler, counted_trials, leases, open_storage, run_trials
 
 STUDY = "storm"
+#: What a worker would import: a second and more for each, were it not forked from a process that has it.
+_PRELOADED = [
+    "benchmarks.search.storms",
+    "alembic.command",
+    "optuna.storages._rdb.models",
+    "sqlalchemy.dialects.postgresql.psycopg",
+]
 METHODS = ("batch", "group", "layer", "instance")
-SPACE = {f"bn{site}": CategoricalDistribution(METHODS) for site in range(8)}
+SPACE = {f"bn{site}": CategoricalDistribution(METHODS) for site in range(4)}
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,11 @@ class Verdict:
         complete: trials that are complete and count.
         lost: numbers that should be complete and are not.
         twice: numbers that were told more than once, or that count beyond the budget.
-        stuck: trials that still run or wait.
+        stuck: trials that still run, or wait though they are within the budget.
         wrong: trials whose value is not that of their parameters, or whose parameters changed.
         repeated: trials that were begun more than once.
         surplus: trials that did not count.
+        struck: how many workers were killed or stopped while at work.
 
     """
 
@@ -67,6 +75,7 @@ class Verdict:
     wrong: list[int]
     repeated: int
     surplus: int
+    struck: int
 
     def is_clean(self) -> bool:
         """Say whether nothing is amiss."""
@@ -113,7 +122,7 @@ class Workers:
     def __init__(self, task: Work) -> None:
         self._task = task
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["benchmarks.search.storms"])
+        self._context.set_forkserver_preload(_PRELOADED)
         self.alive: list[BaseProcess] = []
 
     def __enter__(self) -> Workers:
@@ -130,6 +139,15 @@ class Workers:
         process.start()
         self.alive.append(process)
         return process
+
+    def at_work(self, rng: random.Random, stopped: set[int]) -> BaseProcess | None:
+        """Return one that is at work, as soon as all but one are or are stopped; None if all have ended."""
+        while True:
+            running = [process for process in self.alive if process.is_alive() and process.pid not in stopped]
+            ready = [p for p in running if (self._task.folder / f"ready-{p.pid}").exists()]
+            if len(ready) >= len(running) - 1:
+                return rng.choice(ready) if ready else None
+            time.sleep(0.01)
 
     def kill(self, process: BaseProcess) -> None:
         """End one as the kernel does when memory runs out."""
@@ -164,27 +182,28 @@ def storm(
     blows = [signal.SIGKILL] * kills + [signal.SIGSTOP] * stops
     rng.shuffle(blows)
     stopped: list[tuple[float, int]] = []
+    struck = 0
     with Workers(task) as crew:
         for _ in range(workers):
             crew.start()
         for blow in blows:
             time.sleep(rng.expovariate(1 / pause))
             stopped = _let_go_on(stopped)
-            running = [p for p in crew.alive if p.is_alive() and p.pid not in [pid for _, pid in stopped]]
-            if not running:
+            victim = crew.at_work(rng, {pid for _, pid in stopped})
+            if victim is None or victim.pid is None:
                 break
-            victim = rng.choice(running)
             if blow == signal.SIGKILL:
                 crew.kill(victim)
                 crew.start()
-            elif victim.pid is not None:
+            else:
                 os.kill(victim.pid, signal.SIGSTOP)
                 stopped.append((time.monotonic() + 1.5 * task.terms.patience, victim.pid))
+            struck += 1
         while stopped:
             time.sleep(0.02)
             stopped = _let_go_on(stopped)
         crew.wait(limit)
-    return verdict(study, task)
+    return verdict(study, task, struck)
 
 
 def _let_go_on(stopped: list[tuple[float, int]]) -> list[tuple[float, int]]:
@@ -212,7 +231,7 @@ def timed(task: Work, workers: int, limit: float) -> float:
     return max(float(line) for line in _lines(task.folder / "ended")) - start
 
 
-def verdict(study: optuna.Study, task: Work) -> Verdict:
+def verdict(study: optuna.Study, task: Work, struck: int) -> Verdict:
     """Compare a study with what its workers wrote down."""
     trials = study.get_trials(deepcopy=False)
     counted = counted_trials(trials)
@@ -229,15 +248,19 @@ def verdict(study: optuna.Study, task: Work) -> Verdict:
         for number, plan in begun
         if int(number) in complete and plan != "/".join(complete[int(number)].params[name] for name in SPACE)
     }
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    # One too many may wait for ever: it was made by a worker that was killed before it could drop it.
+    waiting = [trial for trial in counted[: task.n_trials] if trial.state == TrialState.WAITING]
     return Verdict(
         complete=len(complete),
         lost=sorted(trial.number for trial in counted[: task.n_trials] if trial.number not in complete)
         + list(range(len(counted), task.n_trials)),
         twice=sorted(twice),
-        stuck=sorted(t.number for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)),
+        stuck=sorted({trial.number for trial in [*running, *waiting]}),
         wrong=sorted(wrong),
         repeated=sum(times > 1 for times in starts.values()),
         surplus=len(trials) - len(counted),
+        struck=struck,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,9 +67,21 @@ def progress(what: str) -> Iterator[None]:
         yield
 
 
+#: Seconds between two lines about the same stage where there is no terminal.
+_LINE_EVERY = 10.0
+
+
 @contextmanager
-def following() -> Iterator[OnProgress]:
-    """Show on a terminal how far work in stages has come, what it found, and how long it still takes."""
+def following(*, lines: bool = False) -> Iterator[OnProgress]:
+    """Show on a terminal how far work in stages has come, what it found, and how long it still takes.
+
+    Args:
+        lines: where stderr is no terminal, write a line now and then; for work that takes hours.
+
+    """
+    if lines and not ERR.is_terminal:
+        yield _Lines()
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
     columns = (
@@ -94,6 +108,24 @@ def following() -> Iterator[OnProgress]:
             )
 
         yield follow
+
+
+class _Lines:
+    """Progress as lines for a log: each stage's first and last step, and one every few seconds."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._last = -math.inf
+
+    def __call__(self, step: normsearch.Progress) -> None:
+        now = time.monotonic()
+        ends = step.total > 0 and step.done >= step.total
+        if step.stage == self._stage and now - self._last < _LINE_EVERY and not ends:
+            return
+        self._stage, self._last = step.stage, now
+        of = f" {step.done}/{step.total}" if step.total else f" {step.done}"
+        left = "" if step.seconds_left is None or ends else f"{_duration(step.seconds_left)} left"
+        typer.echo(visible(", ".join(filter(None, (step.stage + of, left, step.detail)))), err=True)
 
 
 def _duration(seconds: float) -> str:

@@ -5,8 +5,29 @@ from __future__ import annotations
 import re
 
 _IN_PYTHON = "from Python, outputs= picks what is compared"
+_ON_TASK = (
+    "measured on inputs, which the task has none of; let it return a normsearch.searching.Task as the "
+    "objective, whose training inputs are used"
+)
 #: What a message says to someone who calls a function, and what to someone who types options; in order.
 _WORDS: tuple[tuple[str, str], ...] = (
+    (r"measured on inputs; give inputs=, at least one batch", _ON_TASK),
+    (r"leave the (method or the )?site out with sites=", r"leave the \1site out with --sites"),
+    (r"give methods= that differ, for example", "give --methods that differ, for example"),
+    (
+        r"give veto=None, or a larger one, or other methods=",
+        "give --no-veto, a larger --veto or other --methods",
+    ),
+    (r"search without veto", "search with --no-veto"),
+    (r"allow it with batch_independent=False", "search without --batch-independent"),
+    (r"was made with directions=", "was made with --direction "),
+    (r"was made with costs=", "was made with --cost "),
+    (r"was made with (methods|sites|sampler|seed|veto|sense)=", r"was made with --\1 "),
+    (r"or give another name$", "or give another --study"),
+    (r"MaxDrop\(([^)]*)\): ", r"--max-drop \1: "),
+    (r"MaxLatency\(([^)]*)\): ", r"--max-latency \1: "),
+    (r"MaxMemory\(([^)]*)\): ", r"--max-memory \1: "),
+    (r"n_trials=", "--trials "),
     (r"run one forward pass first, or give inputs=", "give --inputs or --input-shape"),
     (r"give inputs= if there were none", "give --inputs or --input-shape if neither was given"),
     (

@@ -29,7 +29,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """The plotting area of a chart, in the units of its view box."""
 
     width: int
@@ -40,9 +40,11 @@ class _Frame:
     bottom: int = 34
 
     def x(self, share: float) -> float:
+        """Return the place of a share of the area's width."""
         return self.left + share * (self.width - self.left - self.right)
 
     def y(self, share: float) -> float:
+        """Return the place of a share of the area's height, from below."""
         return self.height - self.bottom - share * (self.height - self.top - self.bottom)
 
 
@@ -56,17 +58,17 @@ def depth_chart(points: Sequence[Point], series: Sequence[str], *, width: int, l
         label: what the chart shows, for those who hear it.
 
     """
-    frame = _Frame(width)
+    frame = Frame(width)
     scale, ticks = _axis([value for point in points for value in point.values if value is not None])
-    root = _svg(frame.width, frame.height, label, _description(points, series))
+    root = figure(frame.width, frame.height, label, _description(points, series))
     if len(points) > _MANY:
         root.set("class", "many")
     _bands(root, frame, [point.name for point in points])
     for tick in ticks:
         y = frame.y(scale(tick))
-        _add(root, "line", "grid", x1=frame.left, x2=frame.width - frame.right, y1=y, y2=y)
-        _add(root, "text", "tick end", f"{100 * tick:,.6g} %", x=frame.left - 8, y=y + 4)
-    _add(
+        add(root, "line", "grid", x1=frame.left, x2=frame.width - frame.right, y1=y, y2=y)
+        add(root, "text", "tick end", f"{100 * tick:,.6g} %", x=frame.left - 8, y=y + 4)
+    add(
         root,
         "text",
         "tick middle",
@@ -76,12 +78,12 @@ def depth_chart(points: Sequence[Point], series: Sequence[str], *, width: int, l
     )
     for number in range(len(series)):
         _line(root, frame, points, number, series[number], scale)
-    return _markup(root)
+    return markup(root)
 
 
 def _line(
     root: ElementTree.Element,
-    frame: _Frame,
+    frame: Frame,
     points: Sequence[Point],
     number: int,
     name: str,
@@ -92,20 +94,20 @@ def _line(
         for index, point in enumerate(points)
         if (value := point.values[number]) is not None
     ]
-    _add(root, "polyline", f"line s{number}", points=" ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places))
+    add(root, "polyline", f"line s{number}", points=" ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places))
     radius = 2 if len(points) > _MANY else 3.5
     for x, y, point, value in places:
-        dot = _add(root, "circle", f"dot s{number}", cx=x, cy=y, r=radius)
+        dot = add(root, "circle", f"dot s{number}", cx=x, cy=y, r=radius)
         ElementTree.SubElement(dot, "title").text = visible(f"{point.name}: {percent(value)} {name}")
 
 
-def _bands(root: ElementTree.Element, frame: _Frame, names: Sequence[str]) -> None:
+def _bands(root: ElementTree.Element, frame: Frame, names: Sequence[str]) -> None:
     """Shade every other block of the network, and name those that are wide enough."""
     start = 0
     for number, (block, count) in enumerate(blocks(names)):
         left, right = frame.x(start / len(names)), frame.x((start + count) / len(names))
         start += count
-        band = _add(
+        band = add(
             root,
             "rect",
             f"band{number % 2}",
@@ -116,7 +118,7 @@ def _bands(root: ElementTree.Element, frame: _Frame, names: Sequence[str]) -> No
         )
         ElementTree.SubElement(band, "title").text = visible(block)
         if len(visible(block)) * 7 < right - left:
-            _add(root, "text", "tick middle", block, x=(left + right) / 2, y=frame.top - 9)
+            add(root, "text", "tick middle", block, x=(left + right) / 2, y=frame.top - 9)
 
 
 def blocks(names: Sequence[str]) -> list[tuple[str, int]]:
@@ -137,15 +139,15 @@ def blocks(names: Sequence[str]) -> list[tuple[str, int]]:
 
 def stacked_bar(shares: Sequence[float], names: Sequence[str], label: str) -> Markup:
     """Draw shares that add up to one as one bar."""
-    root = _svg(
+    root = figure(
         180, 16, label, ", ".join(f"{name} {percent(s)}" for name, s in zip(names, shares, strict=True))
     )
     left = 0.0
     for number, (share, name) in enumerate(zip(shares, names, strict=True)):
-        part = _add(root, "rect", f"part p{number}", x=left, y=0, width=180 * share, height=16)
+        part = add(root, "rect", f"part p{number}", x=left, y=0, width=180 * share, height=16)
         ElementTree.SubElement(part, "title").text = f"{name}: {percent(share)}"
         left += 180 * share
-    return _markup(root)
+    return markup(root)
 
 
 def histogram(counts: Sequence[int], label: str) -> Markup:
@@ -154,16 +156,14 @@ def histogram(counts: Sequence[int], label: str) -> Markup:
     shown = [
         f"{index / len(counts):g} to {(index + 1) / len(counts):g}: {n}" for index, n in enumerate(counts)
     ]
-    root = _svg(180, 32, label, f"{total} channels; {'; '.join(shown)}")
-    _add(root, "line", "grid", x1=0, x2=180, y1=31.5, y2=31.5)
+    root = figure(180, 32, label, f"{total} channels; {'; '.join(shown)}")
+    add(root, "line", "grid", x1=0, x2=180, y1=31.5, y2=31.5)
     for index, count in enumerate(counts):
         # A single channel among thousands stays visible.
         height = 0 if count == 0 else max(30 * count / most, 1.5)
-        bar = _add(
-            root, "rect", "part p2", x=index * width + 1, y=31 - height, width=width - 2, height=height
-        )
+        bar = add(root, "rect", "part p2", x=index * width + 1, y=31 - height, width=width - 2, height=height)
         ElementTree.SubElement(bar, "title").text = f"{shown[index]} of {total} channels"
-    return _markup(root)
+    return markup(root)
 
 
 def _center(index: int, count: int) -> float:
@@ -206,7 +206,8 @@ def _description(points: Sequence[Point], series: Sequence[str]) -> str:
     return "; ".join(said)
 
 
-def _svg(width: int, height: int, label: str, description: str) -> ElementTree.Element:
+def figure(width: int, height: int, label: str, description: str) -> ElementTree.Element:
+    """Return an empty chart with its name and what it shows, for those who hear it."""
     root = ElementTree.Element(
         "svg", {"viewBox": f"0 0 {width} {height}", "width": str(width), "height": str(height), "role": "img"}
     )
@@ -215,9 +216,10 @@ def _svg(width: int, height: int, label: str, description: str) -> ElementTree.E
     return root
 
 
-def _add(
+def add(
     parent: ElementTree.Element, tag: str, classes: str, text: str | None = None, **attributes: float | str
 ) -> ElementTree.Element:
+    """Add an element with classes, a text and attributes; numbers are rounded."""
     written = {
         name: value if isinstance(value, str) else f"{value:.6g}" for name, value in attributes.items()
     }
@@ -227,5 +229,6 @@ def _add(
     return element
 
 
-def _markup(root: ElementTree.Element) -> Markup:
+def markup(root: ElementTree.Element) -> Markup:
+    """Return a chart as what a page holds."""
     return Markup(ElementTree.tostring(root, "unicode"))

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from normsearch.reporting import charts, sections
+from normsearch.reporting.search_page import ORIGINS, SEARCH_FILTERS
 from normsearch.text import STEPS, percent, visible
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ _NAMES = {
     "gates": "Gates",
     "cost": "Cost",
     "dependence": "Dependence",
+    "scores": "Plans",
+    "chosen": "The plan",
+    "trials": "History",
+    "front": "Pareto front",
+    "effects": "Effects",
+    "importances": "Importances",
+    "costs": "Costs",
     "notes": "Notes",
 }
 _MIXED = ("instance", "layer", "batch")
@@ -76,12 +84,14 @@ def _environment() -> Environment:
         "signed": signed,
         "steps": largest_steps,
     }
+    environment.filters |= SEARCH_FILTERS
     environment.globals |= {
         "heat_bounds": HEAT,
         "mixed": _MIXED,
         "names": _NAMES,
         "calibration_steps": STEPS,
         "most_rows": _MOST_ROWS,
+        "origin_names": ORIGINS,
     }
     return environment
 

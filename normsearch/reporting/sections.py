@@ -12,6 +12,7 @@ from typing import Literal
 
 from normsearch.dependence import BatchDependence
 from normsearch.methods import Refusal
+from normsearch.reporting import search_sections
 from normsearch.reports import Profile
 
 
@@ -279,7 +280,18 @@ class Notes:
     refusals: tuple[Refusal, ...] = ()
 
 
-Section = Summary | Metric | CalibrationPart | Layers | HeatMap | Gates | Cost | Dependence | Notes
+Section = (
+    Summary
+    | Metric
+    | CalibrationPart
+    | Layers
+    | HeatMap
+    | Gates
+    | Cost
+    | Dependence
+    | search_sections.SearchSection
+    | Notes
+)
 
 #: Every kind of section that is written and read back.
 SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
@@ -292,6 +304,7 @@ SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
         "gates": Gates,
         "cost": Cost,
         "dependence": Dependence,
+        **search_sections.SEARCH_SECTIONS,
         "notes": Notes,
     }
 )

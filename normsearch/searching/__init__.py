@@ -2,6 +2,7 @@
 
 from normsearch.searching.constraints import BatchIndependent, Constraint, MaxDrop, MaxLatency, MaxMemory
 from normsearch.searching.costs import CostTable, measure_costs
+from normsearch.searching.documents import search_report
 from normsearch.searching.leases import LeaseTerms
 from normsearch.searching.objectives import Objective
 from normsearch.searching.resident import Resident
@@ -39,5 +40,6 @@ __all__ = [
     "open_storage",
     "run_trials",
     "search",
+    "search_report",
     "sense",
 ]

@@ -149,6 +149,7 @@ class HeldLease:
     def __init__(self, storage: BaseStorage, trial_id: int, holder: str, terms: LeaseTerms) -> None:
         self._storage, self._trial_id, self._holder, self._terms = storage, trial_id, holder, terms
         self._entry: dict[str, Any] = {}
+        self._asked = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name=f"lease of trial {trial_id}", daemon=True)
 
@@ -175,9 +176,24 @@ class HeldLease:
 
     def is_held(self) -> bool:
         """Say whether the trial is still this worker's to finish."""
-        trial = self._storage.get_trial(self._trial_id)
+        return self.covers(self._storage.get_trial(self._trial_id))
+
+    def covers(self, trial: FrozenTrial) -> bool:
+        """Say the same of a trial that has just been read."""
         lease = trial.system_attrs.get(LEASE) or {}
         return trial.state == TrialState.RUNNING and lease.get("holder") == self._holder
+
+    def is_second_hand(self) -> bool:
+        """Say whether another worker may have had the trial before."""
+        return bool(self._entry["attempt"] > 1)
+
+    def is_fresh(self) -> bool:
+        """Say whether it is held, asking only where a beat has passed since: cheap before each write."""
+        now = time.monotonic()
+        if now - self._asked > self._terms.beat and not self.is_held():
+            return False
+        self._asked = now
+        return True
 
     def give_back(self) -> None:
         """End the lease and let the trial wait, without counting the attempt; nothing if it was lost.

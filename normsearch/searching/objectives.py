@@ -93,6 +93,9 @@ class Evaluation:
     ) -> tuple[float, nn.Module | None]:
         """Return the first number of a plan under another seed, and the trained network if it is kept."""
         trial = FixedTrial(dict(params), number=number)
+        for name, distribution in self.space.distributions.items():
+            # ``trial.params`` holds what was suggested, as it did in the search.
+            trial.suggest_categorical(name, distribution.choices)
         with seeded(seed), self.resident.converted(self.space.plan(params)) as model:
             value = self.numbers(run(model, trial))[0]
             return value, copied(model) if keep else None

@@ -70,18 +70,17 @@ class Posterior:
     def effects(self, params: Mapping[str, Any]) -> dict[str, dict[str, Effect]]:
         """Return, by choice and method, what a change of a plan would do."""
         plan = self._read(params)
-        means, deviations = self._surrogate.neighbours(plan)
         own = float(self._surrogate.predict(plan[None])[0][0])
         found: dict[str, dict[str, Effect]] = {}
         for row, choice in enumerate(self._choices):
-            found[choice.name] = {}
-            for m in choice.methods:
-                number = self._numbers[m]
-                found[choice.name][m] = Effect(
-                    mean=float(means[row, number]) - own,
-                    deviation=float(deviations[row, number]),
-                    trials=int((self._plans[:, row] == number).sum()),
-                )
+            numbers = [self._numbers[m] for m in choice.methods]
+            changed = np.tile(plan, (len(numbers), 1))
+            changed[:, row] = numbers
+            means, deviations = self._surrogate.predict(changed)
+            found[choice.name] = {
+                m: Effect(float(mean) - own, float(deviation), int((self._plans[:, row] == number).sum()))
+                for m, number, mean, deviation in zip(choice.methods, numbers, means, deviations, strict=True)
+            }
         return found
 
     def _read(self, params: Mapping[str, Any]) -> NDArray[np.int64]:

@@ -67,6 +67,12 @@ def prepare(
         if not memory.has("costs"):
             memory.keep("costs", asdict(measure_costs(resident, space, first, on_progress=on_progress)))
     space = space.tied(max(1, n_trials // _TRIALS_PER_CHOICE))
+    if space.size < 2:
+        gone = ", ".join(sorted({refusal.method for refusal in space.refusals}))
+        raise SearchError(
+            f"one plan only is left without what is refused or vetoed somewhere ({gone}); give veto=None, or "
+            "a larger one, or other methods="
+        )
     memory.keep_space(space)
     if settings.sense and isinstance(objective, Task) and not memory.has("prior"):
         memory.keep("prior", sense(resident, space, objective, seed=settings.seed, on_progress=on_progress))

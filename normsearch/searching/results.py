@@ -18,6 +18,8 @@ from normsearch.sensitivities import Sensitivity
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from normsearch.reporting import Document
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -28,9 +30,9 @@ class SearchResult:
         model: the network converted by it and trained as the objective trains.
         study: Optuna's study, with every trial.
         space: what was searched.
-        confirmation: the plans that were run again, the best uniform one first.
-        chosen: index of ``best`` there.
-        candidates: their parameters.
+        confirmation: the plans that were run again, the best uniform one first; empty with ``confirm=0``.
+        chosen: index of ``best`` there and in ``candidates``.
+        candidates: the plans' parameters.
         same_split: whether confirmation used the data of the search, under fresh seeds alone.
         costs: what each method costs at each site; None where nothing asked for it.
         sensitivity: drift of single changes; None without inputs.
@@ -54,6 +56,13 @@ class SearchResult:
     def params(self) -> Mapping[str, Any]:
         """The study's parameters of the best plan."""
         return self.candidates[self.chosen].params
+
+    def report(self, *, score: str = "score", title: str | None = None) -> Document:
+        """Return the report, as ``search_report`` makes it; ``report().save("report.html")`` writes it."""
+        # That module imports this one.
+        from normsearch.searching.documents import search_report
+
+        return search_report(self, score=score, title=title)
 
     def __rich__(self) -> Table:
         from rich import box

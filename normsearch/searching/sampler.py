@@ -13,6 +13,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from normsearch.errors import SearchError
+from normsearch.searching.climbing import Climb, Goal, KnownSum
 from normsearch.searching.surrogate import Floats, Plans, PlanSurrogate, Space
 
 #: Contribution of each choice of each parameter: {"layer1.bn": {"group": 0.1, "batch": -0.2}, …}.
@@ -21,20 +22,19 @@ Table = Mapping[str, Mapping[str, float]]
 #: How many standard deviations a proposal may hope for, in turn: exploring, balanced, exploiting.
 _HOPES = (2.0, 0.5, 0.0)
 _STARTS = 3
-#: Changes of one site until a climb is given up; it rarely needs as many as there are sites.
-_LONGEST_CLIMB = 60
 
 
 class NormSampler(BaseSampler):
     """Propose plans by a Gaussian process over assignments of methods to sites.
 
-    The first trials are the uniform plans and designs in which every site meets every method once; then each
-    proposal climbs, one site at a time, to where mean + h·deviation of the process (see
-    ``normsearch.searching.surrogate``) is best, with h = 2, 0.5, 0 in turn. No plan is proposed twice, and
-    running trials count as if they had returned what is expected of them. Proposals depend on the seed, the
-    trial's number and the trials so far only: a study that is resumed goes on as it would have.
+    The first trials are the uniform plans and, without a prior, designs in which every site meets every
+    method once; then each proposal climbs, one site at a time, to where mean + h·deviation of the process
+    (see ``normsearch.searching.surrogate``) is best, with h = 2, 0.5, 0 in turn. No plan is proposed twice,
+    and running trials count as if they had returned what is expected of them. Proposals depend on the seed,
+    the trial's number and the trials so far only: a study that is resumed goes on as it would have.
 
-    A trial whose constraints are violated counts as the worst so far. Parameters other than categoricals,
+    A trial whose constraints are violated, or whose score is infinitely bad, counts as the worst so far; the
+    plan of a failed or pruned trial is not proposed again. Parameters other than categoricals,
     and those that not every trial has, are sampled at random.
 
     Args:
@@ -70,6 +70,7 @@ class NormSampler(BaseSampler):
         self._prior = None if prior is None else _checked("prior", prior)
         self._costs = {index: _checked(f"costs[{index}]", table) for index, table in (costs or {}).items()}
         self._spaces = IntersectionSearchSpace()
+        self._problem: _Problem | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the categoricals that every trial so far has, in the order of the first."""
@@ -89,12 +90,16 @@ class NormSampler(BaseSampler):
         if not search_space:
             return {}
         problem = _Problem(search_space)
+        if self._problem is not None and self._problem.choices == problem.choices:
+            problem = self._problem
+        self._problem = problem
         rng = np.random.default_rng([self._seed, trial.number])
         done = [t for t in _trials(study, TrialState.COMPLETE) if problem.holds(t)]
         running = [
             t for t in _trials(study, TrialState.RUNNING) if problem.holds(t) and t.number != trial.number
         ]
-        seen = {problem.read(t) for t in (*done, *running)}
+        broken = [t for t in _trials(study, TrialState.FAIL, TrialState.PRUNED) if problem.holds(t)]
+        seen = {problem.read(t) for t in (*done, *running, *broken)}
         first = next((plan for plan in self._first(problem) if tuple(plan) not in seen), None)
         if first is not None or len(done) < 2:
             return problem.write(problem.space.random(rng) if first is None else first)
@@ -105,7 +110,7 @@ class NormSampler(BaseSampler):
         ]
         weights = np.ones(1) if len(goals) == 1 else rng.dirichlet(np.ones(len(goals)))
         hope = _HOPES[trial.number % len(_HOPES)]
-        search = _Climb(problem.space, goals, weights, hope, seen)
+        search = Climb(problem.space, goals, weights, hope, seen)
         starts = [*search.best_of(plans, _STARTS - 1), problem.space.random(rng)]
         return problem.write(search.climb(starts, rng))
 
@@ -133,13 +138,15 @@ class NormSampler(BaseSampler):
         return RandomSampler(seed=(self._seed * 1_000_003 + trial.number) % 2**32)
 
     def _first(self, problem: _Problem) -> list[Plans]:
-        """Return every uniform plan, then as many in which each site meets each of its methods once."""
+        """Return every uniform plan; without a prior, then as many where each site meets each method once."""
         methods = problem.space.methods
+        uniform = [problem.permitted(np.full(problem.space.sites, number)) for number in range(methods)]
+        if self._prior is not None:
+            return uniform
         shuffled = np.random.default_rng([self._seed, methods]).permuted(
             np.tile(np.arange(methods), (problem.space.sites, 1)), axis=1
         )
         designs = [problem.permitted(shuffled[:, number]) for number in range(methods)]
-        uniform = [problem.permitted(np.full(problem.space.sites, number)) for number in range(methods)]
         return [*uniform, *designs]
 
     def _goal(
@@ -150,135 +157,31 @@ class NormSampler(BaseSampler):
         plans: Plans,
         done: Sequence[FrozenTrial],
         waiting: Plans,
-    ) -> _Goal:
+    ) -> Goal:
         values = np.array([t.values[index] for t in done], dtype=np.float64)
-        if study.directions[index] == StudyDirection.MINIMIZE:
-            values = -values
+        sign = -1.0 if study.directions[index] == StudyDirection.MINIMIZE else 1.0
+        values *= sign
         infeasible = np.array([any(v > 0 for v in t.constraints.values()) for t in done])
-        if infeasible.any():
-            # As bad as the worst: the process learns to stay away, whatever such a plan scored.
-            values[infeasible] = values.min()
+        # As bad as the worst: the process learns to stay away, whatever such a plan scored.
+        finite = np.isfinite(values)
+        worst = values[finite].min() if finite.any() else 0.0
+        values = np.where(infeasible | ~finite, worst, values)
         if index in self._costs:
-            table = problem.table(self._costs[index])
-            signed = -table if study.directions[index] == StudyDirection.MINIMIZE else table
-            return _Goal(values, None, signed, problem.space)
-        prior = problem.table(self._prior) if self._prior is not None and index == 0 else None
-        return _Goal(values, _fitted(problem.space, plans, values, prior, waiting), None, problem.space)
+            return Goal(values, KnownSum(sign * problem.table(self._costs[index])))
+        prior = sign * problem.table(self._prior) if self._prior is not None and index == 0 else None
+        return Goal(values, _fitted(problem.space, plans, values, prior, waiting))
 
 
 def _fitted(
     space: Space, plans: Plans, values: Floats, prior: Floats | None, waiting: Plans
 ) -> PlanSurrogate:
     surrogate = PlanSurrogate(space, plans, values, prior)
-    if len(waiting):
-        believed, _ = surrogate.predict(waiting)
-        surrogate = PlanSurrogate(
-            space, np.concatenate([plans, waiting]), np.concatenate([values, believed]), prior
-        )
-    return surrogate
-
-
-class _Goal:
-    """One objective, larger is better: a fitted process, or a known sum over sites."""
-
-    def __init__(
-        self, values: Floats, surrogate: PlanSurrogate | None, table: Floats | None, space: Space
-    ) -> None:
-        self._surrogate, self._table, self._sites = surrogate, table, np.arange(space.sites)
-        self.low, self.high = float(values.min()), float(values.max())
-
-    def predict(self, plans: Plans) -> tuple[Floats, Floats]:
-        """Return means and deviations of plans, (m,) each."""
-        if self._surrogate is not None:
-            return self._surrogate.predict(plans)
-        assert self._table is not None
-        sums = self._table[self._sites, plans].sum(1)
-        return sums, np.zeros_like(sums)
-
-    def neighbours(self, plan: Plans) -> tuple[Floats, Floats]:
-        """Return the same for every change of one site, (L, K) each."""
-        if self._surrogate is not None:
-            return self._surrogate.neighbours(plan)
-        assert self._table is not None
-        now = self._table[self._sites, plan]
-        changed = now.sum() - now[:, None] + self._table
-        return changed, np.zeros_like(changed)
-
-
-class _Climb:
-    """The search for the plan whose hoped-for score is best among plans not seen yet."""
-
-    def __init__(
-        self,
-        space: Space,
-        goals: Sequence[_Goal],
-        weights: Floats,
-        hope: float,
-        seen: set[tuple[int, ...]],
-    ) -> None:
-        self._space, self._goals, self._weights, self._hope, self._seen = space, goals, weights, hope, seen
-
-    def _score(self, predictions: list[tuple[Floats, Floats]]) -> Floats:
-        if len(self._goals) == 1:
-            mean, deviation = predictions[0]
-            return np.asarray(mean + self._hope * deviation)
-        # Augmented Chebyshev scalarisation reaches concave parts of the front, which a weighted sum does not.
-        parts = np.stack(
-            [
-                weight * (mean + self._hope * deviation - goal.low) / ((goal.high - goal.low) or 1.0)
-                for goal, weight, (mean, deviation) in zip(
-                    self._goals, self._weights, predictions, strict=True
-                )
-            ]
-        )
-        return np.asarray(parts.min(0) + 0.05 * parts.sum(0))
-
-    def best_of(self, plans: Plans, count: int) -> list[Plans]:
-        """Return the evaluated plans that score best."""
-        scores = self._score([goal.predict(plans) for goal in self._goals])
-        return [plans[i] for i in np.argsort(-scores, kind="stable")[:count]]
-
-    def climb(self, starts: Sequence[Plans], rng: np.random.Generator) -> Plans:
-        """Return the best unseen plan that changes of one site reach from any start."""
-        best: Plans | None = None
-        best_score = -np.inf
-        for start in starts:
-            plan, score = self._from(start)
-            if plan is not None and score > best_score:
-                best, best_score = plan, score
-        if best is not None:
-            return best
-        # Every plan near the starts was seen: any unseen one will do, if there is one.
-        for _ in range(1000):
-            best = self._space.random(rng)
-            if tuple(best) not in self._seen:
-                break
-        assert best is not None
-        return best
-
-    def _from(self, plan: Plans) -> tuple[Plans | None, float]:
-        found, found_score, here = None, -np.inf, -np.inf
-        for _ in range(_LONGEST_CLIMB):
-            scores = self._score([goal.neighbours(plan) for goal in self._goals])
-            scores = np.where(self._space.allowed, scores, -np.inf)
-            order = np.argsort(-scores, axis=None, kind="stable")
-            top = float(scores.flat[order[0]])
-            for flat in order[: len(self._seen) + 1]:
-                site, method = divmod(int(flat), self._space.methods)
-                candidate = plan.copy()
-                candidate[site] = method
-                if scores.flat[flat] <= found_score:
-                    break
-                if tuple(candidate) not in self._seen and np.isfinite(scores.flat[flat]):
-                    found, found_score = candidate, float(scores.flat[flat])
-                    break
-            if top <= here + 1e-12:
-                break
-            site, method = divmod(int(order[0]), self._space.methods)
-            plan = plan.copy()
-            plan[site] = method
-            here = top
-        return found, found_score
+    if not len(waiting):
+        return surrogate
+    believed, _ = surrogate.predict(waiting)
+    return PlanSurrogate(
+        space, np.concatenate([plans, waiting]), np.concatenate([values, believed]), prior, like=surrogate
+    )
 
 
 class _Problem:
@@ -286,7 +189,9 @@ class _Problem:
 
     def __init__(self, search_space: Mapping[str, BaseDistribution]) -> None:
         self.names = list(search_space)
+        self._rows: dict[int, tuple[FrozenTrial, tuple[int, ...]]] = {}
         choices = [d.choices for d in search_space.values() if isinstance(d, CategoricalDistribution)]
+        self.choices = list(zip(self.names, choices, strict=True))
         # 1, 1.0 and True are equal in Python and three choices in Optuna.
         words = {_key(choice): choice for some in choices for choice in some}
         self._words = list(words.values())
@@ -302,7 +207,13 @@ class _Problem:
 
     def read(self, trial: FrozenTrial) -> tuple[int, ...]:
         """Return a trial's plan."""
-        return tuple(self._numbers[_key(trial.params[name])] for name in self.names)
+        # Finished trials do not change, and storages give the same objects again.
+        known, row = self._rows.get(trial.number, (None, ()))
+        if known is not trial:
+            row = tuple(self._numbers[_key(trial.params[name])] for name in self.names)
+            if trial.state.is_finished():
+                self._rows[trial.number] = trial, row
+        return row
 
     def write(self, plan: Plans) -> dict[str, Any]:
         """Return a plan as parameters."""
@@ -329,8 +240,9 @@ def _key(choice: Any) -> tuple[type, Any]:
     return type(choice), choice
 
 
-def _trials(study: Study, state: TrialState) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(state,))
+def _trials(study: Study, *states: TrialState) -> list[FrozenTrial]:
+    # As Optuna's own samplers do: one read per trial, however often they are asked for.
+    return study._get_trials(deepcopy=False, states=states, use_cache=True)
 
 
 def _checked(what: str, table: Table) -> Table:

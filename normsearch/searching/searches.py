@@ -80,7 +80,8 @@ def search(
         directions: ``maximize`` or ``minimize`` for each number of the objective.
         costs: ``latency``, ``memory``: objectives to minimise beside, known for every plan beforehand.
         constraints: ``MaxDrop``, ``MaxLatency``, ``MaxMemory``, ``BatchIndependent``.
-        n_trials: trials in all, those of earlier calls and of other workers included.
+        n_trials: trials in all, those of earlier calls and of other workers included; of a ``Task`` no more
+            than there are plans.
         storage: where the study is kept: a journal file's path, a ``postgresql://`` URL, an Optuna storage;
             by default a file ``NAME.journal`` if there is a name, else memory.
         name: of the study.
@@ -210,9 +211,12 @@ class Search:
         self.study = made_study(settings, storage, name)
         self.memory = Memory(self.study)
         self.memory.keep_settings(settings)
-        self.memory.keep("n_trials", n_trials)
         prepare(self.resident, self.memory, objective, given, n_trials, on_progress)
         self.space = self.memory.space(self.resident.model)
+        if isinstance(objective, Task):
+            # It suggests nothing more, and from one seed a plan scores what it scored before.
+            self.n_trials = min(n_trials, self.space.size)
+        self.memory.keep("n_trials", self.n_trials)
         if not isinstance(sampler, BaseSampler):
             sampler = sampler_named(sampler, self.memory, self.space)
         self.study.sampler = sampler
@@ -276,7 +280,7 @@ class Search:
         own = getattr(self._objective, "confirm", None)
         run = self._objective if own is None else own
         seeds = [memory.settings().seed + 1 + number for number in range(max(confirm, 1))]
-        stage = Stage("confirming", len(seeds) * len(given), on_progress)
+        stage = Stage("confirming", confirm * len(given), on_progress)
         kept: dict[str, float] = memory.read("confirmation") or {}
 
         def score(candidate: Candidate, seed: int) -> float:
@@ -288,7 +292,11 @@ class Search:
             return kept[key]
 
         maximize = memory.settings().directions[0] == "maximize"
-        chosen, rows = decide(given, score, seeds, maximize=maximize)
+        if confirm:
+            chosen, rows = decide(given, score, seeds, maximize=maximize)
+        else:
+            sign = 1.0 if maximize else -1.0
+            chosen, rows = max(range(len(given)), key=lambda i: (sign * given[i].value, -i)), []
         best = given[chosen]
         _, model = self._evaluation.again(run, best.params, best.number, seeds[0], keep=True)
         assert model is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Generator
 from importlib.util import find_spec
 from pathlib import Path
@@ -216,12 +217,16 @@ def _with_driver(url: URL) -> URL:
 def _connected(url: str, options: dict[str, Any]) -> RDBStorage:
     for last in [*[False] * (_TRIES - 1), True]:
         try:
-            return RDBStorage(url, engine_kwargs=options)
+            storage = RDBStorage(url, engine_kwargs=options)
         except (IntegrityError, ProgrammingError):
             # Another process makes the same tables at this moment.
             if last:
                 raise
             time.sleep(0.2)
+        else:
+            # Optuna leaves its connections open: the driver warns of each when they are collected.
+            weakref.finalize(storage, storage.engine.dispose)
+            return storage
     raise AssertionError("unreachable")
 
 

@@ -87,7 +87,7 @@ class Memory:
 
     def has(self, name: str) -> bool:
         """Whether something was kept under a name."""
-        return _PREFIX + name in self.study.user_attrs
+        return self.study.user_attrs.get(_PREFIX + name) is not None
 
     def keep(self, name: str, value: Any) -> None:
         """Keep plain data."""
@@ -169,8 +169,8 @@ class Memory:
     def _validated(self, name: str, adapter: TypeAdapter[Any]) -> Any:
         if not self.has(name):
             raise SearchError(
-                f"the study {self.study.study_name!r} has no {name}: it was not made by normsearch, or is "
-                "still being prepared; start it with search, and let workers join when trials run"
+                f"the study {self.study.study_name!r} has no {name}: it was not made by normsearch; "
+                "start one with search"
             )
         try:
             return adapter.validate_python(self.read(name))

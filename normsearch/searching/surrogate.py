@@ -31,6 +31,8 @@ _STRENGTH = 6.0
 #: The same for a site's share of the sites' component.
 _SITE_STRENGTH = 4.0
 _UPDATES = 15
+#: Variances are fitted to so many of the plans at most, spread over all: more change them little.
+_FITTED = 120
 #: A prior's slope before there is data, in standard deviations of the score per one of the prior, and its
 #: precision.
 _SLOPE, _SLOPE_PRECISION = 0.4, 8.0
@@ -62,6 +64,16 @@ class Space:
         """Chance that two random plans agree, per site: 1/K_l."""
         return np.asarray(1.0 / self.allowed.sum(1))
 
+    @property
+    def agreeing(self) -> tuple[Floats, Floats]:
+        """c_l of two plans that differ at site l, and how much more it is where they agree, (L,) each."""
+        chance = self.chance
+        return -chance / (1 - chance), 1 / (1 - chance)
+
+    def onehot(self, plans: Plans) -> Floats:
+        """Return which method each plan has where, (n, L, K)."""
+        return np.asarray(plans[:, :, None] == np.arange(self.methods), dtype=np.float64)
+
     def random(self, rng: np.random.Generator) -> Plans:
         """Return a random plan."""
         return np.array([rng.choice(np.flatnonzero(row)) for row in self.allowed])
@@ -76,27 +88,39 @@ class PlanSurrogate:
         scores: their scores, (n,); larger is better or worse, as the caller likes.
         prior: expected contribution of each method at each site, (L, K), up to scale and sign: it is the mean
             of the process times a slope that is fitted, and never negative; None for none.
+        like: take variances and relevances from this one instead of fitting them.
 
     """
 
-    def __init__(self, space: Space, plans: Plans, scores: Floats, prior: Floats | None = None) -> None:
-        self._space, self._plans = space, plans
+    def __init__(
+        self,
+        space: Space,
+        plans: Plans,
+        scores: Floats,
+        prior: Floats | None = None,
+        *,
+        like: PlanSurrogate | None = None,
+    ) -> None:
+        self.space, self.plans = space, plans
         self._centre, self._scale = float(scores.mean()), float(scores.std()) or 1.0
         self._z = (scores - self._centre) / self._scale
-        self._prior = None if prior is None else _standardized(prior, space)
-        self._expected_of_prior = self._prior_mean(plans)
-        agreement = _agreement(space, plans, plans)
-        self._variances, self._relevance = self._fit(agreement)
-        grams = self._grams(agreement, self._counts(plans, plans))
-        covariance = np.tensordot(self._variances[:4], grams, 1) + self._variances[4] * np.eye(len(plans))
-        self._inverse = np.linalg.inv(covariance)
-        self._mean, self._slope = self._trend(self._inverse)
-        self._weights = self._inverse @ (self._z - self._mean - self._slope * self._expected_of_prior)
+        self._prior = np.zeros((0, *space.allowed.shape)) if prior is None else _parts(prior, space)
+        self._expected_of_prior = self.prior_mean(plans)
+        fixed = _fixed_grams(space, plans, plans)
+        if like is None:
+            rows = np.linspace(0, len(plans) - 1, min(len(plans), _FITTED)).astype(int)
+            self._variances, self._relevance = self._fit(rows, fixed[:, rows][:, :, rows])
+        else:
+            self._variances, self._relevance = like._variances, like._relevance
+        covariance = self._combined(fixed, plans) + self._variances[4] * np.eye(len(plans))
+        self.inverse = np.linalg.inv(covariance)
+        self._mean, self._slopes = _trend(self.inverse, self._z, self._expected_of_prior)
+        self.weights = self.inverse @ (self._z - self._mean - self._slopes @ self._expected_of_prior)
 
     @property
-    def slope(self) -> float:
-        """How much of the prior the evaluated plans confirm, in standard deviations of the score."""
-        return self._slope
+    def slopes(self) -> Floats:
+        """How much of the prior's shared and own parts the plans confirm, in deviations of the score."""
+        return self._slopes
 
     @property
     def variances(self) -> Floats:
@@ -106,149 +130,126 @@ class PlanSurrogate:
     @property
     def relevance(self) -> Floats:
         """Each site's weight w_l; they average to one."""
-        return self._relevance * self._space.sites
+        return self._relevance * self.space.sites
 
     def predict(self, plans: Plans) -> tuple[Floats, Floats]:
         """Return expected scores and their standard deviations (without noise), (m,) each."""
-        cross = self._cross(_agreement(self._space, plans, self._plans), self._counts(plans, self._plans))
-        variance = self._prior_variance(self._own_counts(plans)) - ((cross @ self._inverse) * cross).sum(1)
-        expected = self._mean + self._slope * self._prior_mean(plans) + cross @ self._weights
-        return (
-            self._centre + self._scale * expected,
-            self._scale * np.sqrt(np.maximum(variance, 1e-12)),
-        )
+        cross = self.covariance(plans)
+        squares = np.square(_histogram(plans, self.space.methods)).sum(1)
+        variance = self.variance(squares) - ((cross @ self.inverse) * cross).sum(1)
+        return self.scores(self._slopes @ self.prior_mean(plans) + cross @ self.weights, variance)
 
-    def neighbours(self, plan: Plans) -> tuple[Floats, Floats]:
-        """Return ``predict`` for every change of one site: (L, K) each, entry (l, k) for method k at site l.
+    def scores(self, expected: Floats, variance: Floats) -> tuple[Floats, Floats]:
+        """Return means and deviations in units of the scores, from those of standardized ones."""
+        mean = self._centre + self._scale * (self._mean + expected)
+        return mean, self._scale * np.sqrt(np.maximum(variance, 1e-12))
 
-        Costs what its few numbers need: agreements change by one site only.
-        """
-        space, plans = self._space, self._plans
-        sites, methods = space.sites, space.methods
-        centred = _agreement(space, plan[None], plans)[0]
-        onehot = plans[:, :, None] == np.arange(methods)
-        chance = space.chance
-        changed = (onehot - chance[None, :, None]) / (1 - chance)[None, :, None]
-        # c of the plan after setting site l to k, minus before: (n, L, K).
-        step = changed - centred[:, :, None]
-        weighted = centred @ self._relevance
-        total, squares = centred.sum(1), np.square(centred).sum(1)
-        adjacent = (centred[:, :-1] * centred[:, 1:]).sum(1)
-        beside = np.zeros_like(centred)
-        beside[:, 1:] += centred[:, :-1]
-        beside[:, :-1] += centred[:, 1:]
-        totals = total[:, None, None] + step
-        pair_sum = np.square(totals) - (
-            squares[:, None, None] + np.square(changed) - np.square(centred)[:, :, None]
-        )
-        counts = _histogram(plan[None], methods)[0]
-        of_plans = _histogram(plans, methods)
-        base = of_plans @ counts
-        moved = of_plans[:, None, :] - of_plans[np.arange(len(plans))[:, None], plan[None]][:, :, None]
-        grams = (
-            ((base[:, None, None] + moved) / sites - sites / methods) / (1 - 1 / methods),
-            weighted[:, None, None] + step * self._relevance[None, :, None],
-            (adjacent[:, None, None] + step * beside[:, :, None]) / max(sites - 1, 1),
-            pair_sum / max(sites * (sites - 1), 1),
-        )
-        cross = sum(v * g for v, g in zip(self._variances, grams, strict=False))
-        assert isinstance(cross, np.ndarray)
-        flat = cross.reshape(len(plans), -1)
-        own = np.square(counts).sum() + 2 * (counts[None, :] - counts[plan][:, None] + 1)
-        own = own - 2 * (np.arange(methods)[None] == plan[:, None])
-        variance = self._prior_variance(own.reshape(-1)) - (flat * (self._inverse @ flat)).sum(0)
-        expected = self._mean + (self._weights @ flat).reshape(sites, methods)
-        if self._prior is not None:
-            now = self._prior[np.arange(sites), plan]
-            expected = expected + self._slope * (now.sum() + self._prior - now[:, None])
-        return (
-            self._centre + self._scale * expected,
-            self._scale * np.sqrt(np.maximum(variance, 1e-12)).reshape(sites, methods),
-        )
+    def covariance(self, plans: Plans) -> Floats:
+        """Return the covariance of plans with the evaluated ones, (m, n)."""
+        return self._combined(_fixed_grams(self.space, plans, self.plans), plans)
 
-    def _fit(self, agreement: Floats) -> tuple[Floats, Floats]:
+    def variance(self, squared_counts: Floats) -> Floats:
+        """Return plans' variance before data, from the sum of squares of how often each method stands."""
+        sites, methods = self.space.sites, self.space.methods
+        shared = (squared_counts / sites - sites / methods) / (1 - 1 / methods)
+        return np.asarray(self._variances[0] * shared + self._variances[1:4].sum())
+
+    def prior_mean(self, plans: Plans) -> Floats:
+        """Return the sums of the prior's parts, (0 or 2, m)."""
+        return np.asarray(self._prior[:, np.arange(self.space.sites), plans].sum(2))
+
+    @property
+    def sloped_prior(self) -> Floats:
+        """What the prior adds to the mean for each choice, (L, K)."""
+        return np.tensordot(self._slopes, self._prior, 1)
+
+    def _combined(self, fixed: Floats, plans: Plans) -> Floats:
+        own = _own_gram(self.space, plans, self.plans, self._relevance)
+        shared, pairs, every = fixed
+        parts = zip(self._variances[:4], (shared, own, pairs, every), strict=True)
+        return np.asarray(sum(variance * gram for variance, gram in parts))
+
+    def _fit(self, rows: Plans, fixed: Floats) -> tuple[Floats, Floats]:
         """Return the five variances and the sites' relevances, the latter with sum one."""
-        n, sites = len(self._z), self._space.sites
-        counts = self._counts(self._plans, self._plans)
+        n, sites = len(rows), self.space.sites
+        z, expected_of_prior = self._z[rows], self._expected_of_prior[:, rows]
+        low, rise = self.space.agreeing
+        flat = self.space.onehot(self.plans[rows]).reshape(n, -1)
+        shared, pairs, every = fixed
+        grams = np.stack([shared, np.empty((n, n)), pairs, every, np.eye(n)])
         relevance = np.full(sites, 1.0 / sites)
         variances = _EXPECTED.copy()
-        by_site = np.moveaxis(agreement, 2, 0)
-        flat_sites = by_site.reshape(sites, -1)
         for _ in range(_UPDATES):
-            grams = np.concatenate([_grams(agreement, counts, relevance), np.eye(n)[None]])
-            inverse = np.linalg.inv(np.tensordot(variances, grams, 1))
-            mean, slope = self._trend(inverse)
-            weights = inverse @ (self._z - mean - slope * self._expected_of_prior)
+            grams[1] = flat @ (flat * np.repeat(rise * relevance, self.space.methods)).T + low @ relevance
+            inverse = np.linalg.inv((variances @ grams.reshape(5, -1)).reshape(n, n))
+            mean, slopes = _trend(inverse, z, expected_of_prior)
+            weights = inverse @ (z - mean - slopes @ expected_of_prior)
             # gradient of the log likelihood: ½ (explained − accounted)
-            outer = np.outer(weights, weights)
-            explained = np.tensordot(grams, outer, 2)
-            accounted = np.tensordot(grams, inverse, 2)
+            explained = (grams @ weights) @ weights
+            accounted = grams.reshape(5, -1) @ inverse.reshape(-1)
+            # The same for each site's C_l = low_l + rise_l Σ_k h_lk h_lkᵀ.
+            of_sites = low * weights.sum() ** 2 + rise * np.square(weights @ flat).reshape(sites, -1).sum(1)
+            through = (flat * (inverse @ flat)).sum(0).reshape(sites, -1).sum(1)
+            cost = low * inverse.sum() + rise * through
             variances = variances * np.sqrt(
                 (explained + _STRENGTH * _EXPECTED / variances**2) / (accounted + _STRENGTH / variances)
             )
             own = variances[1] * relevance
             expected = variances[1] / sites
-            gain = np.maximum(flat_sites @ outer.reshape(-1), 0)
-            cost = flat_sites @ inverse.reshape(-1)
             own = own * np.sqrt(
-                (gain + _SITE_STRENGTH * expected / own**2) / (np.maximum(cost, 0) + _SITE_STRENGTH / own)
+                (np.maximum(of_sites, 0) + _SITE_STRENGTH * expected / own**2)
+                / (np.maximum(cost, 0) + _SITE_STRENGTH / own)
             )
             relevance = own / own.sum()
         return variances, relevance
 
-    def _trend(self, inverse: Floats) -> tuple[float, float]:
-        """Return the mean and the prior's slope by generalized least squares, the slope shrunk and ≥ 0."""
-        ones = np.ones(len(self._z))
-        row = ones @ inverse
-        if self._prior is None:
-            return float(row @ self._z / row.sum()), 0.0
-        p = self._expected_of_prior
-        # The mean is fitted exactly, the slope with its own expectation.
-        centre_p, centre_z = float(row @ p / row.sum()), float(row @ self._z / row.sum())
-        p, z = p - centre_p, self._z - centre_z
-        at = p @ inverse
-        slope = max(0.0, float((at @ z + _SLOPE * _SLOPE_PRECISION) / (at @ p + _SLOPE_PRECISION)))
-        return centre_z - slope * centre_p, slope
 
-    def _prior_mean(self, plans: Plans) -> Floats:
-        if self._prior is None:
-            return np.zeros(len(plans))
-        return np.asarray(self._prior[np.arange(self._space.sites), plans].sum(1))
+def _trend(inverse: Floats, z: Floats, parts: Floats) -> tuple[float, Floats]:
+    """Return the mean and the slopes of the prior's parts by generalized least squares.
 
-    def _counts(self, first: Plans, second: Plans) -> Floats:
-        """Return the shared component's Gram matrix."""
-        sites, methods = self._space.sites, self._space.methods
-        together = _histogram(first, methods) @ _histogram(second, methods).T
-        return np.asarray((together / sites - sites / methods) / (1 - 1 / methods))
-
-    def _own_counts(self, plans: Plans) -> Floats:
-        return np.asarray(np.square(_histogram(plans, self._space.methods)).sum(1))
-
-    def _prior_variance(self, squared_counts: Floats) -> Floats:
-        sites, methods = self._space.sites, self._space.methods
-        shared = (squared_counts / sites - sites / methods) / (1 - 1 / methods)
-        return np.asarray(self._variances[0] * shared + self._variances[1:4].sum())
-
-    def _grams(self, agreement: Floats, counts: Floats) -> Floats:
-        return _grams(agreement, counts, self._relevance)
-
-    def _cross(self, agreement: Floats, counts: Floats) -> Floats:
-        return np.asarray(np.tensordot(self._variances[:4], self._grams(agreement, counts), 1))
+    The mean is fitted exactly; slopes are shrunk to what is expected of them and never negative.
+    """
+    row = inverse.sum(0)
+    level, centres = float(row @ z / row.sum()), parts @ row / row.sum()
+    centred = parts - centres[:, None]
+    through = centred @ inverse
+    normal = through @ centred.T + _SLOPE_PRECISION * np.eye(len(parts))
+    wanted = through @ (z - level) + _SLOPE * _SLOPE_PRECISION
+    slopes, free = np.zeros(len(parts)), np.ones(len(parts), dtype=bool)
+    while free.any():
+        slopes = np.zeros(len(parts))
+        slopes[free] = np.linalg.solve(normal[np.ix_(free, free)], wanted[free])
+        if (slopes >= 0).all():
+            break
+        free = slopes > 0
+    return level - float(np.maximum(slopes, 0) @ centres), np.maximum(slopes, 0)
 
 
-def _agreement(space: Space, first: Plans, second: Plans) -> Floats:
-    """Return c_l for every two plans, (m, n, L)."""
-    chance = space.chance
-    return np.asarray(((first[:, None] == second[None]) - chance) / (1 - chance))
+def _own_gram(space: Space, first: Plans, second: Plans, relevance: Floats) -> Floats:
+    """Return Σ_l w_l c_l for every two plans, (m, n), with relevances of sum one."""
+    low, gain = space.agreeing
+    scaled = space.onehot(first) * (gain * relevance)[:, None]
+    agreeing = scaled.reshape(len(first), -1) @ space.onehot(second).reshape(len(second), -1).T
+    return np.asarray(agreeing + low @ relevance)
 
 
-def _grams(agreement: Floats, counts: Floats, relevance: Floats) -> Floats:
-    """Return the four Gram matrices, (4, m, n)."""
-    sites = agreement.shape[2]
-    total = agreement.sum(2)
-    pairs = (agreement[..., :-1] * agreement[..., 1:]).sum(2) / max(sites - 1, 1)
-    every = (np.square(total) - np.square(agreement).sum(2)) / max(sites * (sites - 1), 1)
-    return np.stack([counts, agreement @ relevance, pairs, every])
+def _fixed_grams(space: Space, first: Plans, second: Plans) -> Floats:
+    """Return the Gram matrices that no relevance enters: shared, pairs, any, (3, m, n)."""
+    sites, methods = space.sites, space.methods
+    together = _histogram(first, methods) @ _histogram(second, methods).T
+    shared = (together / sites - sites / methods) / (1 - 1 / methods)
+    total, squares, pairs = (np.zeros((len(first), len(second))) for _ in range(3))
+    before = None
+    # Site by site, which keeps what is worked on in the cache.
+    for site, (low, gain) in enumerate(zip(*space.agreeing, strict=True)):
+        c = np.where(first[:, site, None] == second[None, :, site], low + gain, low)
+        total += c
+        squares += c * c
+        if before is not None:
+            pairs += before * c
+        before = c
+    every = (np.square(total) - squares) / max(sites * (sites - 1), 1)
+    return np.stack([shared, pairs / max(sites - 1, 1), every])
 
 
 def _histogram(plans: Plans, methods: int) -> Floats:
@@ -256,9 +257,19 @@ def _histogram(plans: Plans, methods: int) -> Floats:
     return np.asarray((plans[:, :, None] == np.arange(methods)).sum(1), dtype=np.float64)
 
 
-def _standardized(prior: Floats, space: Space) -> Floats:
-    """Return the prior with mean zero at each site and standard deviation one over random plans."""
-    shown = np.where(space.allowed, prior, np.nan)
-    centred = prior - np.nanmean(shown, axis=1, keepdims=True)
-    spread = np.sqrt(np.nanvar(shown, axis=1).sum())
-    return np.where(space.allowed, centred / (spread or 1.0), 0.0)
+def _parts(prior: Floats, space: Space) -> Floats:
+    """Return the prior's part that all sites share and each site's own, (2, L, K).
+
+    Each has mean zero at each site and standard deviation one over random plans. Errors of a prior average
+    out over sites, so that the first is often right where the second is not: each has a slope of its own.
+    """
+    shared = _centred(prior, space).sum(0) / np.maximum(space.allowed.sum(0), 1)
+    shared = _centred(np.tile(shared, (space.sites, 1)), space)
+    parts = shared, _centred(prior, space) - shared
+    return np.stack([part / (np.sqrt(np.square(part).sum(1) @ space.chance) or 1.0) for part in parts])
+
+
+def _centred(table: Floats, space: Space) -> Floats:
+    """Return a table with mean zero at each site, zero where a method is not allowed."""
+    mean = np.where(space.allowed, table, 0.0).sum(1) * space.chance
+    return np.where(space.allowed, table - mean[:, None], 0.0)

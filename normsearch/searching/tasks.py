@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -49,7 +49,8 @@ class Task:
     where that is not given, every second batch of ``validation`` is kept for it.
 
     Args:
-        train: pairs (inputs, targets), read again from the start when they end: a DataLoader or a list.
+        train: pairs (inputs, targets), read again from the start when they end: a DataLoader, or a list of
+            batches, which are shuffled.
         validation: pairs that trials are scored on, in the same order each time.
         loss: maps the model's output and the targets to a scalar to minimise.
         metric: maps a network in eval mode and pairs to a number, larger is better.
@@ -113,7 +114,9 @@ class Task:
 
     def _train(self, model: nn.Module) -> None:
         seed_loader(self.train)
-        finetune(model, self.train, loss=self.loss, in_place=True, **vars(self.recipe))
+        # A list has one order: without another one, all seeds of the confirmation would train alike.
+        train = _Shuffled(self.train) if isinstance(self.train, Sequence) else self.train
+        finetune(model, train, loss=self.loss, in_place=True, **vars(self.recipe))
 
     def _score(self, model: nn.Module, pairs: Iterable[Any]) -> float:
         with evaluating(model):
@@ -130,6 +133,16 @@ class _Every:
 
     def __iter__(self) -> Iterator[Any]:
         return islice(iter(self.pairs), self.first, None, self.step)
+
+
+@dataclass(frozen=True)
+class _Shuffled:
+    """A list of batches, each time in an order drawn from torch's random state."""
+
+    pairs: Sequence[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.pairs[number] for number in torch.randperm(len(self.pairs)).tolist())
 
 
 def seed_loader(loader: Iterable[Any]) -> None:

@@ -171,19 +171,23 @@ class _Worker:
         except UpdateFinishedTrialError:
             return False
 
-    def _create(self) -> int | None:
-        """Make a trial; None if others were faster and the budget is full: the lowest numbers count."""
+    def _create(self) -> int:
         template = create_trial(state=TrialState.RUNNING, system_attrs=self._leases.first())
-        trial_id = self._storage.create_new_trial(self._study._study_id, template)
-        counted = [trial._trial_id for trial in counted_trials(self._trials())]
-        if trial_id in counted[: self._n_trials]:
-            return trial_id
+        return self._storage.create_new_trial(self._study._study_id, template)
+
+    def _is_surplus(self, trial: Trial) -> bool:
+        """Say whether others were faster and the budget was full: the lowest numbers count."""
+        if trial.number < self._n_trials:
+            return False
+        counted = [one.number for one in counted_trials(self._trials())]
+        return trial.number not in counted[: self._n_trials]
+
+    def _drop(self, trial_id: int) -> None:
         with suppress(UpdateFinishedTrialError):
             self._storage.set_trial_system_attr(trial_id, _SURPLUS, True)
             message = f"not needed: the study has its {self._n_trials} trials"
             self._storage.set_trial_user_attr(trial_id, ERROR, message)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        return None
 
     def run(self, trial_id: int, evaluate: Callable[[Trial], float | Sequence[float]]) -> _Outcome | None:
         """Run a trial and tell what came out; None if it is another worker's now."""
@@ -197,24 +201,42 @@ class _Worker:
         self, trial_id: int, evaluate: Callable[[Trial], float | Sequence[float]], lease: HeldLease
     ) -> _Outcome | None:
         try:
-            trial = self._ask(trial_id)
+            trial = persistently(partial(self._ask, trial_id, lease), self._terms)
+            if trial is None:
+                persistently(partial(self._drop, trial_id), self._terms)
+                return None
             outcome = self._evaluated(trial, evaluate)
             told = persistently(partial(self._tell, trial, outcome, lease), self._terms)
             return outcome if told else None
         except BaseException as error:
-            if isinstance(error, Exception) and not lease.is_held():
+            if isinstance(error, Exception) and not persistently(lease.is_held, self._terms):
                 return None
             lease.give_back()
             raise
 
-    def _ask(self, trial_id: int) -> Trial:
-        """Return the trial with its parameters: ``Study.ask``, but of a trial that is leased already."""
-        # The sampler shall see the trials of now.
-        self._study._thread_local.cached_all_trials = None
-        trial = Trial(self._study, trial_id)
-        for name, distribution in self._distributions.items():
-            trial._suggest(name, distribution)
-        return trial
+    def _ask(self, trial_id: int, lease: HeldLease) -> Trial | None:
+        """Return the trial with its parameters, or None if it is one too many.
+
+        This is ``Study.ask``, but of a trial that is leased already.
+
+        Raises:
+            UpdateFinishedTrialError: it is another worker's now.
+
+        """
+        while True:
+            # The sampler shall see the trials of now.
+            self._study._thread_local.cached_all_trials = None
+            trial = Trial(self._study, trial_id)
+            if self._is_surplus(trial):
+                return None
+            for name, distribution in self._distributions.items():
+                # Parameters must not be written over those with which another worker runs it by now.
+                if not lease.is_fresh():
+                    raise UpdateFinishedTrialError(f"trial {trial.number} was taken over")
+                trial._suggest(name, distribution)
+            # Of a new trial, nobody else has written any.
+            if not lease.is_second_hand() or self._storage.get_trial(trial_id).params == trial.params:
+                return trial
 
     def _evaluated(self, trial: Trial, evaluate: Callable[[Trial], float | Sequence[float]]) -> _Outcome:
         try:
@@ -231,10 +253,10 @@ class _Worker:
 
     def _tell(self, trial: Trial, outcome: _Outcome, lease: HeldLease) -> bool:
         """Finish a trial; say whether it was this worker's to finish."""
-        if not lease.is_held():
+        stored = self._storage.get_trial(trial._trial_id)
+        if not lease.covers(stored):
             return False
-        if self._storage.get_trial(trial._trial_id).params != trial.params:
-            # Somebody who was thought dead wrote other parameters meanwhile: these values are not theirs.
+        if not self._keeps_parameters(trial, stored):
             lease.give_back()
             return False
         try:
@@ -246,6 +268,18 @@ class _Worker:
                 raise
             return False
         return True
+
+    def _keeps_parameters(self, trial: Trial, stored: FrozenTrial) -> bool:
+        """Say whether a trial still has the parameters that were evaluated, and restore them if possible.
+
+        Another worker, thought dead while it proposed them, may have come back and written one of its own.
+        """
+        if stored.params == trial.params:
+            return True
+        for name, distribution in trial.distributions.items():
+            internal = distribution.to_internal_repr(trial.params[name])
+            self._storage.set_trial_param(trial._trial_id, name, internal, distribution)
+        return self._storage.get_trial(trial._trial_id).params == trial.params
 
 
 def _checked(returned: Any, wanted: int) -> _Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import optuna
@@ -20,7 +21,10 @@ from normsearch.searching.space import SearchSpace
 from normsearch.searching.storage import check_shared, open_storage
 from normsearch.searching.studies import Memory
 from normsearch.searching.tasks import Task
-from normsearch.searching.trials import run_trials
+from normsearch.searching.trials import counted_trials, run_trials
+
+#: Seconds between two looks at a study that is being prepared.
+_PAUSE = 0.5
 
 
 def evaluation(
@@ -55,14 +59,18 @@ def work(
         SearchError: the objective fails again and again.
 
     """
-    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    stage = Stage("searching", n_trials, on_progress, done=min(len(finished), n_trials))
+
+    def finished() -> int:
+        trials = counted_trials(study.get_trials(deepcopy=False))
+        return sum(t.state.is_finished() for t in trials[:n_trials])
+
+    stage = Stage("searching", n_trials, on_progress, done=finished())
     run_trials(
         study,
         lambda trial: trials.trial(study, trial),
         n_trials=n_trials,
         distributions=trials.space.distributions,
-        on_trial=lambda trial: stage.advance(_said(study, trial)),
+        on_trial=lambda trial: stage.advance(_said(study, trial), done=finished()),
         terms=terms,
     )
 
@@ -78,6 +86,8 @@ def join(
 ) -> None:
     """Run trials of a search that was started elsewhere, until it has all it asked for.
 
+    While that one is still preparing its first trial, this one waits.
+
     The model and the objective come from the caller, never from the study: everybody who may write to a
     shared database could put anything there. What is read from it is validated.
 
@@ -90,8 +100,7 @@ def join(
         on_progress: called after every trial of this process.
 
     Raises:
-        SearchError: there is no such study, it is still being prepared, it searches another model, or the
-            storage cannot be shared.
+        SearchError: there is no such study, it searches another model, or the storage cannot be shared.
 
     """
     opened = open_storage(storage)
@@ -102,11 +111,8 @@ def join(
         known = ", ".join(optuna.get_all_study_names(opened)) or "none"
         raise SearchError(f"the storage has no study {name!r}; it has {known}") from None
     memory = Memory(study)
-    if not memory.has("ready"):
-        raise SearchError(
-            f"the study {name!r} is still being prepared; start workers when its trials have begun"
-        )
     resident = Resident(model)
+    _await(memory, on_progress)
     space = memory.space(resident.model)
     # Imported here: samplers read what workers keep.
     from normsearch.searching.samplers import sampler_named
@@ -116,18 +122,24 @@ def join(
     work(study, run, memory.read("n_trials"), terms=terms, on_progress=on_progress)
 
 
+def _await(memory: Memory, on_progress: OnProgress | None) -> None:
+    """Return when trials may begin."""
+    if not memory.has("ready"):
+        Stage("waiting for the search to begin its trials", 0, on_progress)
+    while not memory.has("ready"):
+        time.sleep(_PAUSE)
+
+
 def _said(study: Study, trial: FrozenTrial) -> str:
     if trial.state != TrialState.COMPLETE:
         return f"trial {trial.number} {trial.state.name.lower()}"
     text = f"trial {trial.number}: {', '.join(f'{value:.4g}' for value in trial.values)}"
-    if len(study.directions) > 1:
-        return text
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     values = [t.values[0] for t in done if all(v <= 0 for v in t.constraints.values())]
     if not values:
         return text
     best = min(values) if study.directions[0] == StudyDirection.MINIMIZE else max(values)
-    return f"{text}, best {best:.4g}"
+    return f"{text}; best {best:.4g}"
 
 
 def _no_objective(model: nn.Module, trial: Any) -> float:

@@ -1,0 +1,367 @@
+"""Commands that search: search, worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from normsearch.arguments import split_methods
+from normsearch.checkpoints import save
+from normsearch.commands.options import Force, Json, Title
+from normsearch.commands.running import OUT, fail, following, print_json, progress, refuse_outputs, reported
+from normsearch.commands.tasks import load_task, place, said
+from normsearch.errors import CheckpointError, NormsearchError, SearchError
+from normsearch.files import write_text
+from normsearch.plans import Plan
+
+# Optuna takes half a second to import: inside the commands, so that --help does not wait for it.
+if TYPE_CHECKING:
+    from normsearch.reporting import Document
+    from normsearch.searching import Constraint, SearchResult
+
+
+class Direction(StrEnum):
+    """Whether more or less of a number is better."""
+
+    MAXIMIZE = "maximize"
+    MINIMIZE = "minimize"
+
+
+class Cost(StrEnum):
+    """A known cost that is an objective too."""
+
+    LATENCY = "latency"
+    MEMORY = "memory"
+
+
+class Sampler(StrEnum):
+    """What proposes plans."""
+
+    AUTO = "auto"
+    NORM = "norm"
+    TPE = "tpe"
+    GP = "gp"
+    NSGA2 = "nsga2"
+    RANDOM = "random"
+
+
+_Task = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        metavar="PACKAGE.MODULE:TASK",
+        help="A function without arguments that returns (model, objective): the trained network, and a "
+        "normsearch.searching.Task or a function of (model, trial). It is imported and run; the current "
+        "folder is looked in first.",
+        show_default=False,
+    ),
+]
+_STORAGE = (
+    "Where trials are kept: a journal file, for processes of one machine, or "
+    "postgresql://USER:PASSWORD@HOST/DATABASE for many. [default: STUDY.journal]"
+)
+_Storage = Annotated[str | None, typer.Option(help=_STORAGE, show_default=False)]
+
+
+@reported
+def search(
+    task: _Task,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Methods to choose from, the preferred first, with commas; repeat. [default: batch,group,"
+            "layer,instance,batch_instance,switchable,batch_renorm]",
+            show_default=False,
+        ),
+    ] = None,
+    sites: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Search only sites whose path matches; the others keep their BatchNorm. Repeat.",
+            show_default=False,
+        ),
+    ] = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Trials in all, earlier ones and those of workers included.")
+    ] = 100,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the study; one that exists goes on. [default: the task's name]", show_default=False
+        ),
+    ] = None,
+    storage: _Storage = None,
+    sampler: Annotated[Sampler, typer.Option(help="What proposes plans; auto is norm.")] = Sampler.AUTO,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")] = 0,
+    direction: Annotated[
+        list[Direction] | None,
+        typer.Option(
+            help="For each number that the objective returns, in order; repeat. [default: maximize]",
+            show_default=False,
+        ),
+    ] = None,
+    cost: Annotated[
+        list[Cost] | None,
+        typer.Option(help="A cost to minimise beside, measured once; repeat.", show_default=False),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="How much worse than the original's score it may be.", show_default=False),
+    ] = None,
+    max_latency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            help="The longest forward pass, as a ratio to the original's; plans above are not trained.",
+            show_default=False,
+        ),
+    ] = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            help="The most that is kept for the backward pass, as a ratio to the original's.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_independent: Annotated[
+        bool,
+        typer.Option(
+            "--batch-independent", help="Try no method under which samples of a batch depend on each other."
+        ),
+    ] = False,
+    veto: Annotated[
+        float | None,
+        typer.Option(
+            help="Try no method at a site where alone it moves the output further than this (relative L2). "
+            "[default: 0.75]",
+            show_default=False,
+        ),
+    ] = None,
+    no_veto: Annotated[bool, typer.Option("--no-veto", help="Try every method that may stand.")] = False,
+    sense: Annotated[
+        bool,
+        typer.Option(
+            "--sense/--no-sense", help="Ask a network that trains all methods at once first; a Task only."
+        ),
+    ] = True,
+    confirm: Annotated[
+        int, typer.Option(min=0, help="Fresh seeds that the best plans are run again with.")
+    ] = 5,
+    top: Annotated[int, typer.Option(min=1, help="How many mixes are confirmed.")] = 3,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A folder for model.safetensors, plan.json, report.html and report.json; or "
+            "NAME.safetensors, and the others beside it. [default: a folder named after the study]",
+            show_default=False,
+        ),
+    ] = None,
+    title: Title = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Search the normalization method of every site; the best plan is confirmed on data no trial saw.
+
+    normsearch search --task mytask:task --methods batch,group,instance --trials 60 -o found/
+
+    Ctrl-C loses nothing: the same command goes on. More workers: normsearch worker.
+    """
+    if veto is not None and no_veto:
+        raise typer.BadParameter("give --veto or --no-veto, not both", param_hint="--veto")
+    name = _study_name(study, task)
+    kept = storage or f"{name}.journal"
+    places = _places(output or Path(name))
+    journal = None if "://" in kept else Path(kept)
+    _refuse(places, journal, force=force)
+    from normsearch import searching
+    from normsearch.searching.searches import VETO
+
+    constraints = _constraints(max_drop, max_latency, max_memory, batch_independent)
+    with progress("preparing the task"):
+        model, objective = load_task(task)
+    given: dict[str, Any] = {"methods": split_methods(methods)} if methods else {}
+    with _kept(kept), following(lines=True) as follow:
+        found = searching.search(
+            model,
+            objective,
+            **given,
+            sites=sites or None,
+            directions=[one.value for one in direction or [Direction.MAXIMIZE]],
+            costs=[one.value for one in cost or []],
+            constraints=constraints,
+            n_trials=trials,
+            storage=kept,
+            name=name,
+            sampler=sampler.value,
+            seed=seed,
+            veto=None if no_veto else VETO if veto is None else veto,
+            sense=sense,
+            confirm=confirm,
+            top=top,
+            on_progress=follow,
+        )
+    metric = getattr(getattr(objective, "metric", None), "__name__", "score")
+    with _kept(kept), progress(f"writing {places[0]}"):
+        report = searching.search_report(found, score=metric, title=title)
+        _write(found, report, places, force=force)
+    if as_json:
+        print_json(
+            {
+                "written": [str(path) for path in places],
+                "study": name,
+                "trials": len(found.study.get_trials(deepcopy=False)),
+                "plan": json.loads(found.best.to_json()),
+                "chosen": found.chosen,
+                "confirmation": [asdict(row) for row in found.confirmation],
+                "same_split": found.same_split,
+            }
+        )
+        return
+    OUT.print(found)
+    OUT.print(_said(found.best), highlight=False)
+    typer.echo(f"wrote {', '.join(map(str, places))}")
+
+
+@reported
+def worker(
+    task: _Task,
+    study: Annotated[str, typer.Option(help="Name of the study to join.", show_default=False)],
+    storage: _Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Run trials of a search that was started elsewhere, until it has all it asked for.
+
+    normsearch worker --study mytask --storage postgresql://me@db.example/trials --task mytask:task
+
+    The task is this command line's, never one that the study names; it should be the same as the search's.
+    A worker that is killed loses nothing: another one runs its trial.
+    """
+    kept = storage or f"{study}.journal"
+    if "://" not in kept and not Path(kept).exists():
+        raise SearchError(f"there is no journal {kept}; start the search first, or give its --storage")
+    from normsearch import searching
+
+    with progress("preparing the task"):
+        model, objective = load_task(task)
+    ran = 0
+
+    def follow(step: Any) -> None:
+        nonlocal ran
+        ran += step.detail != ""
+        show(step)
+
+    with _kept(kept), following(lines=True) as show:
+        searching.join(model, objective, name=study, storage=kept, on_progress=follow)
+    if as_json:
+        print_json({"study": study, "trials_run": ran})
+    else:
+        typer.echo(f"the study {study!r} has all its trials; {ran} of them ran here")
+
+
+def _study_name(study: str | None, task: str) -> str:
+    """Return the name of a study, which names files too.
+
+    Raises:
+        SearchError: it cannot name one.
+
+    """
+    name = task.partition(":")[0].rpartition(".")[2] if study is None else study
+    if not name or name != Path(name).name or not name.isprintable() or name.startswith("."):
+        raise SearchError(f"--study {name!r}: give a name that a file may have too")
+    return name
+
+
+def _places(output: Path) -> tuple[Path, Path, Path, Path]:
+    """Return where the weights, the plan and the report's HTML and JSON are written.
+
+    Raises:
+        CheckpointError: the file has another suffix.
+
+    """
+    if output.suffix == ".safetensors" and not output.is_dir():
+        beside = [output.with_name(f"{output.stem}_{rest}") for rest in ("plan.json", "report.html")]
+        return output, beside[0], beside[1], beside[1].with_suffix(".json")
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output} is no folder; give one, or NAME.safetensors")
+    names = ("model.safetensors", "plan.json", "report.html", "report.json")
+    first, second, third, fourth = (output / name for name in names)
+    return first, second, third, fourth
+
+
+def _refuse(places: tuple[Path, ...], journal: Path | None, *, force: bool) -> None:
+    """Raise before any work where the results cannot be written."""
+    folder = places[0].parent
+    if folder.exists():
+        refuse_outputs(places, [journal], force=force)
+    elif not folder.parent.is_dir():
+        raise CheckpointError(f"{folder}: the folder {str(folder.parent)!r} does not exist; make it first")
+
+
+def _constraints(
+    drop: float | None, latency: float | None, memory: float | None, independent: bool
+) -> list[Constraint]:
+    from normsearch import searching
+
+    found: list[Constraint] = []
+    if drop is not None:
+        found.append(searching.MaxDrop(drop))
+    if latency is not None:
+        found.append(searching.MaxLatency(latency))
+    if memory is not None:
+        found.append(searching.MaxMemory(memory))
+    return [*found, searching.BatchIndependent()] if independent else found
+
+
+@contextmanager
+def _kept(storage: str) -> Iterator[None]:
+    """Say on Ctrl-C, and where the task or the storage fails, that nothing is lost, and how to go on."""
+    # A URL may hold a password.
+    where = "the database" if "://" in storage else storage
+    try:
+        yield
+    except (NormsearchError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        from optuna.exceptions import StorageInternalError
+
+        if isinstance(error, StorageInternalError):
+            fail(f"{where} cannot be used any more; what was told it is kept: the same command goes on")
+        if not place(error):
+            # Not the task's: a mistake in this library, which its traceback tells.
+            raise
+        fail(
+            f"the task failed: {said(error)}{place(error)}; what is done is kept in {where}: mend it, and "
+            "the same command goes on"
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; everything is kept in {where}: the same command goes on", err=True)
+        raise typer.Exit(130) from None
+
+
+def _write(
+    found: SearchResult, report: Document, places: tuple[Path, Path, Path, Path], *, force: bool
+) -> None:
+    weights, plan, page, _ = places
+    weights.parent.mkdir(exist_ok=True)
+    save(found.model, weights, plan=found.best, force=force)
+    write_text(plan, found.best.to_json(), force=force)
+    report.save(page, force=force)
+
+
+def _said(best: Plan) -> str:
+    """Return a plan in a line: what it changes."""
+    counts: dict[str, int] = {}
+    for method in best.values():
+        counts[str(method)] = counts.get(str(method), 0) + 1
+    return "the plan: " + ", ".join(f"{method} at {count}" for method, count in counts.items())

@@ -1,0 +1,311 @@
+"""The sections of a search's report, made from what is known of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import pstdev
+
+from normsearch.reporting import parts, sections
+from normsearch.reporting import search_sections as made
+from normsearch.searching.costs import CostTable
+from normsearch.searching.findings import Findings, reason, state
+from normsearch.searching.leases import ERROR
+
+
+def summary(found: Findings) -> made.SearchPart:
+    """Return what was searched, and what came of it."""
+    settings, space = found.settings, found.space
+    return made.SearchPart(
+        study=found.study.study_name,
+        sampler="norm" if settings.sampler == "auto" else settings.sampler,
+        seed=settings.seed,
+        goals=found.goals,
+        constraints=tuple(_constraint(name, fields) for name, fields in settings.constraints),
+        methods=space.methods,
+        sites=len(space.sites),
+        searched=len(space.allowed),
+        choices=len(space.distributions),
+        plans=space.size,
+        trials=found.wanted,
+        states=dict(Counter(map(state, found.counted))),
+        outcome=_outcome(found),
+    )
+
+
+def _outcome(found: Findings) -> made.Outcome | None:
+    if found.best is None:
+        return None
+    row = found.confirmed.get(found.best)
+    trial = found.by_number[found.best]
+    return made.Outcome(
+        name=found.name(found.best),
+        methods=dict(Counter(map(str, found.best_plan.values())).most_common()),
+        uniform=found.best in found.uniform,
+        score=trial.values[0] if row is None else parts.finite(row.mean),
+        seeds=0 if row is None else len(row.scores),
+        mixes=sum(number not in found.uniform for number in found.confirmed),
+        same_split=found.same_split,
+        reference=None if found.reference is None else found.name(found.reference),
+        gain=None if row is None else parts.finite(row.gain),
+        error=None if row is None else parts.finite(row.error),
+    )
+
+
+def scores(found: Findings) -> made.Scores | None:
+    """Return the uniform plans and those that were confirmed."""
+    seen: set[str] = set()
+    rows = []
+    for trial in found.counted:
+        method = found.uniform.get(trial.number)
+        wanted = trial.number in found.confirmed or trial.number == found.best
+        if not wanted and (method is None or method in seen or not trial.state.is_finished()):
+            continue
+        if method is not None:
+            seen.add(method)
+        row = found.confirmed.get(trial.number)
+        rows.append(
+            made.PlanScore(
+                name=found.name(trial.number),
+                trial=trial.number,
+                uniform=method is not None,
+                searched=trial.values[0] if trial.values else None,
+                scores=() if row is None else row.scores,
+                gain=None if row is None else parts.finite(row.gain),
+                error=None if row is None else parts.finite(row.error),
+                beats=row is not None and row.beats,
+                feasible=state(trial) == "complete",
+                chosen=trial.number == found.best and bool(found.confirmed),
+            )
+        )
+    if not rows:
+        return None
+    seeds = max((len(row.scores) for row in rows), default=0)
+    first = found.settings.seed + 1
+    # The plans that were confirmed first, the best uniform one at their head as it is the reference.
+    rows.sort(key=lambda row: (not row.scores, not row.uniform if row.scores else False, row.trial))
+    return made.Scores(
+        goal=found.goals[0],
+        rows=tuple(rows),
+        seeds=tuple(range(first, first + seeds)),
+        same_split=found.same_split,
+    )
+
+
+def chosen(found: Findings) -> made.Chosen | None:
+    """Return the plan as a difference to the original."""
+    if found.best is None:
+        return None
+    other = None if found.reference in (None, found.best) else found.reference
+    against = None if other is None else found.space.plan(found.by_number[other].params)
+    return made.Chosen(
+        name=found.name(found.best),
+        reference=None if other is None else found.name(other),
+        rows=tuple(
+            made.PlanRow(
+                site=site.path,
+                before="batch",
+                after=str(found.best_plan[site.path]),
+                uniform=None if against is None else str(against[site.path]),
+                searched=site.path in found.space.allowed,
+            )
+            for site in found.space.sites
+        ),
+    )
+
+
+def trials(found: Findings) -> made.Trials | None:
+    """Return the trials."""
+    rows = tuple(
+        made.TrialPoint(
+            number=trial.number,
+            state=state(trial),
+            origin=found.origin(trial),
+            values=tuple(trial.values or ()),
+            name=found.name(trial.number) if trial.number in found.uniform else None,
+            chosen=trial.number == found.best,
+            reason=reason(trial),
+        )
+        for trial in found.counted
+    )
+    return made.Trials(goals=found.goals, rows=rows) if rows else None
+
+
+def front(found: Findings) -> made.Front | None:
+    """Return the trials among several goals; None where there is one."""
+    done = [trial for trial in found.counted if state(trial) == "complete"]
+    if len(found.goals) < 2 or not done:
+        return None
+    signs = [1.0 if goal.maximize else -1.0 for goal in found.goals]
+    scores = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in done]
+    return made.Front(
+        goals=found.goals,
+        points=tuple(
+            made.FrontPoint(
+                number=trial.number,
+                values=tuple(trial.values),
+                name=found.name(trial.number) if trial.number in found.uniform else None,
+                best=not any(_dominates(other, mine) for other in scores),
+                chosen=trial.number == found.best,
+            )
+            for trial, mine in zip(done, scores, strict=True)
+        ),
+    )
+
+
+def effects(found: Findings) -> made.Effects | None:
+    """Return the expected gain of every method at every choice."""
+    if not found.expected:
+        return None
+    params = found.by_number[found.best or 0].params
+    rows = []
+    for choice in found.space.choices:
+        here = found.expected.get(choice.name)
+        if here is None:
+            continue
+        cells = [
+            made.EffectCell(mean=here[m].mean, deviation=here[m].deviation, trials=here[m].trials)
+            if m in here
+            else None
+            for m in found.space.methods
+        ]
+        place = found.space.methods.index(params[choice.name])
+        rows.append(made.EffectRow(sites=choice.sites, cells=tuple(cells), chosen=place))
+    return made.Effects(
+        goal=found.goals[0],
+        plan=found.name(found.best or 0),
+        methods=found.space.methods,
+        rows=tuple(rows),
+    )
+
+
+def importances(found: Findings) -> made.Importances | None:
+    """Return how much depends on each choice."""
+    if not found.expected:
+        return None
+    sites = {choice.name: choice.sites for choice in found.space.choices}
+    spreads = {name: pstdev([effect.mean for effect in row.values()]) for name, row in found.expected.items()}
+    total = sum(spread**2 for spread in spreads.values()) or 1.0
+    ranked = sorted(spreads, key=lambda name: -spreads[name])
+    return made.Importances(
+        goal=found.goals[0],
+        rows=tuple(
+            made.ImportanceRow(sites=sites[name], spread=spreads[name], share=spreads[name] ** 2 / total)
+            for name in ranked
+        ),
+    )
+
+
+def costs(found: Findings) -> made.Costs | None:
+    """Return what methods and plans cost; None where that was not measured."""
+    table = found.memory.costs()
+    if table is None:
+        return None
+    methods = found.space.methods
+    rows = []
+    for path, spellings in found.space.allowed.items():
+        latency, memory = table.latency[path], table.memory[path]
+        rows.append(
+            made.CostRow(
+                site=path,
+                latency=tuple(latency[m] if m in spellings else None for m in methods),
+                memory=tuple(memory[m] if m in spellings else None for m in methods),
+                chosen=found.place(path),
+            )
+        )
+    return made.Costs(
+        methods=methods,
+        rows=tuple(rows),
+        plans=tuple(_plan_costs(found, table)),
+        device=table.device,
+        threads=table.threads,
+    )
+
+
+def _plan_costs(found: Findings, table: CostTable) -> list[made.PlanCost]:
+    plans = [(f"all {m}", found.space.plan(found.space.uniform(m))) for m in found.space.methods]
+    if found.best is not None and found.best not in found.uniform:
+        plans.append((found.name(found.best), found.best_plan))
+    return [
+        made.PlanCost(name="the original", latency=table.base_latency, memory=table.base_memory),
+        *(
+            made.PlanCost(name=n, latency=table.of(p, "latency"), memory=table.of(p, "memory"))
+            for n, p in plans
+            if n != "all batch"
+        ),
+    ]
+
+
+def sensitivity(found: Findings) -> sections.HeatMap | None:
+    """Return the drift of single changes that vetoes stand on."""
+    drift, veto = found.sensitivity, found.settings.veto
+    if drift is None or veto is None or found.best is None:
+        return None
+    return parts.heat_map(drift, found.best_plan, veto)
+
+
+def notes(found: Findings, given: Sequence[str]) -> sections.Notes | None:
+    """Return what a reader should know, and what was refused."""
+    texts = [*_warnings(found), *given]
+    notes = [sections.Note(text=text) for text in texts]
+    if found.best is not None:
+        notes += [sections.Note(text=t, about=r.site.path) for r in found.best_plan.rows for t in r.notes]
+    refusals = tuple(dict.fromkeys(found.space.refusals))
+    return sections.Notes(notes=tuple(notes), refusals=refusals) if notes or refusals else None
+
+
+def _warnings(found: Findings) -> list[str]:
+    states = Counter(map(state, found.counted))
+    said = []
+    if not found.confirmed:
+        said.append("Nothing is confirmed yet: scores are single runs on the data of the search.")
+    else:
+        seeds = max(len(row.scores) for row in found.confirmed.values())
+        if found.same_split:
+            said.append(
+                "The plans were confirmed on the data that they were chosen by, under fresh seeds alone: "
+                "their scores there flatter them. A Task, or an objective with a confirm method, keeps "
+                "data for it."
+            )
+        if seeds > 1 and all(len(set(row.scores)) == 1 for row in found.confirmed.values()):
+            said.append(
+                "Every seed gave the same scores: nothing that the objective does depends on the seed, "
+                "so that the errors say nothing of the noise."
+            )
+        if seeds == 1:
+            said.append("The confirmation has a single seed: it says nothing of the noise.")
+    finished = sum(states[s] for s in ("complete", "infeasible", "pruned", "failed"))
+    if finished < found.wanted:
+        said.append(f"The search is not finished: {finished} of {found.wanted} trials are done.")
+    reasons = Counter(trial.user_attrs.get(ERROR, "") for trial in found.counted if state(trial) == "failed")
+    said += [
+        f"{count} {'trial' if count == 1 else 'trials'} failed{f': {reason}' if reason else ''}."
+        for reason, count in reasons.most_common(5)
+    ]
+    if states["pruned"]:
+        said.append(f"{states['pruned']} plans were not trained: their known cost is above what is allowed.")
+    if states["infeasible"]:
+        said.append(f"{states['infeasible']} trained plans break a constraint and were not considered.")
+    if len(found.goals) > 1:
+        others = " and ".join(goal.name for goal in found.goals[1:])
+        said.append(
+            f"The plan is the best by {found.goals[0].name}; the Pareto front has those that trade it "
+            f"for {others}."
+        )
+    return said
+
+
+def _dominates(other: Sequence[float], mine: Sequence[float]) -> bool:
+    return all(o >= m for o, m in zip(other, mine, strict=True)) and any(
+        o > m for o, m in zip(other, mine, strict=True)
+    )
+
+
+def _constraint(name: str, fields: Mapping[str, float]) -> str:
+    said = {
+        "MaxDrop": "at most {drop:g} worse than the original",
+        "MaxLatency": "at most {ratio:g} times the original's latency",
+        "MaxMemory": "at most {ratio:g} times the original's memory",
+        "BatchIndependent": "batch independent",
+    }
+    return said.get(name, name).format(**fields)
