@@ -33,7 +33,7 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     if reason is not None:
         pytest.skip(reason)
     with cluster() as found:
-        yield found
+        yield found.url
 
 
 @pytest.fixture
@@ -59,6 +59,13 @@ def _together(count: int, work: Callable[[int], Any]) -> list[Any]:
 
     with ThreadPoolExecutor(count) as threads:
         return list(threads.map(one, range(count)))
+
+
+@pytest.mark.parametrize("_", range(5))
+def test_new_file_is_opened_by_many_at_once(_: int, tmp_path: Path) -> None:
+    for database in _together(6, lambda _: Database(sqlite_url(tmp_path))):
+        assert isinstance(database, Database)
+        database.close()
 
 
 def test_schema_is_made_once(url: str) -> None:
