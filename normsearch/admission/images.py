@@ -6,6 +6,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,27 @@ def read_image(path: Path, preparation: Preparation) -> Tensor:
         CheckpointError: Pillow is missing, or the file is no image within the limits.
 
     """
+    with _opened(path) as image:
+        array = _prepared(image.convert("L" if len(preparation.mean) == 1 else "RGB"), preparation.size)
+    pixels = torch.from_numpy(array).float().div_(255).permute(2, 0, 1)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preparation.mean, preparation.std))
+    return ((pixels - mean) / std).contiguous()
+
+
+def check_image(path: Path) -> None:
+    """Check an image's size and header; no pixel is decoded.
+
+    Raises:
+        CheckpointError: as for ``read_image``.
+
+    """
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open an image within the limits; whatever its decoder raises is a CheckpointError."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -92,7 +114,7 @@ def read_image(path: Path, preparation: Preparation) -> Tensor:
         # Pillow warns of sizes that are checked here, and of palettes with transparency.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_FORMATS) as image:
             _check_image(path, image)
-            array = _prepared(image.convert("L" if len(preparation.mean) == 1 else "RGB"), preparation.size)
+            yield image
     except CheckpointError:
         raise
     except UnidentifiedImageError as error:
@@ -100,9 +122,6 @@ def read_image(path: Path, preparation: Preparation) -> Tensor:
     except Exception as error:
         # Whatever a decoder raises on a damaged file; warnings that were made errors too.
         raise CheckpointError(f"cannot read the image {path}: {str(error)[:300]}") from error
-    pixels = torch.from_numpy(array).float().div_(255).permute(2, 0, 1)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preparation.mean, preparation.std))
-    return ((pixels - mean) / std).contiguous()
 
 
 def _check_file(path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The service: upload a checkpoint, get the rewritten model and its report back."""

@@ -1,0 +1,95 @@
+"""Artifacts: the files that were made here."""
+
+from __future__ import annotations
+
+import base64
+import re
+from email.utils import formatdate
+from typing import Any
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+
+from api.database import ARTIFACTS
+from api.owned import Cursor, Identifier, Limit, fetch, page, remove
+from api.parts import Asking, Parts, Service
+from api.problems import ProblemError, documented
+from api.schemas import Artifact, Page
+from api.store import Content
+
+router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
+_RANGE = r"\s*(\d{1,18}-\d{0,18}|-\d{1,18})\s*"
+_RANGES = re.compile(rf"bytes={_RANGE}(,{_RANGE}){{0,15}}", re.ASCII)
+_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The whole file, with a strong ETag", "content": _BINARY},
+    206: {"description": "The range that was asked for", "content": _BINARY},
+    304: {"description": "The client has it already"},
+    **documented(404, 416, 422),
+}
+
+
+def download(request: Request, service: Parts, row: sa.Row[Any], headers: dict[str, str]) -> Response:
+    """Return a file as an attachment: whole, in part, or not again."""
+    digest = base64.b64encode(bytes.fromhex(row.sha256)).decode()
+    headers = {
+        **headers,
+        "etag": f'"{row.sha256}"',
+        "repr-digest": f"sha-256=:{digest}:",
+        "cache-control": "private, no-cache",
+        # The file's own time would tell that somebody else has the same content.
+        "last-modified": formatdate(row.created_ms // 1000, usegmt=True),
+    }
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if headers["etag"] in known or "*" in known:
+        return Response(status_code=304, headers=headers)
+    asked = request.headers.get("range")
+    if asked is not None and not _RANGES.fullmatch(asked):
+        # What is no range is as if it were not there (RFC 9110).
+        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
+    elif asked is not None:
+        _refuse_beyond(asked, row.size)
+    return FileResponse(
+        service.store.path(row.sha256), headers=headers, media_type=row.media_type, filename=row.name
+    )
+
+
+def _refuse_beyond(asked: str, size: int) -> None:
+    for part in asked.partition("=")[2].split(","):
+        first, _, last = part.strip().partition("-")
+        start = int(first) if first else size - int(last)
+        if start >= size or (first and last and int(last) < start):
+            raise ProblemError(
+                416, "invalid-request", f"the file has {size:,} bytes", {"Content-Range": f"bytes */{size}"}
+            )
+
+
+@router.get("", summary="List artifacts", responses=documented(422))
+def listed(service: Service, asking: Asking, limit: Limit = 50, cursor: Cursor = None) -> Page[Artifact]:
+    """Return this key's artifacts, the newest first."""
+    with service.database.read() as connection:
+        rows, following = page(connection, ARTIFACTS, asking, limit, cursor)
+    return Page(items=[Artifact.of(row) for row in rows], next=following)
+
+
+@router.get("/{identifier}", summary="Download an artifact", response_class=Response, responses=_CONTENT)
+def one(request: Request, service: Service, asking: Asking, identifier: Identifier) -> Response:
+    """Return the file; `Range`, `If-Range` and `If-None-Match` are understood."""
+    with service.database.read() as connection:
+        row = fetch(connection, ARTIFACTS, asking, identifier)
+    return download(request, service, row, {})
+
+
+router.add_api_route("/{identifier}", one, methods=["HEAD"], include_in_schema=False)
+
+
+@router.delete(
+    "/{identifier}", summary="Delete an artifact", status_code=204, responses=documented(404, 409, 422)
+)
+def delete(service: Service, asking: Asking, identifier: Identifier) -> Response:
+    """Delete an artifact; what it was made from stays."""
+    with service.database.write() as connection:
+        row = remove(connection, ARTIFACTS, asking, identifier)
+    service.store.forget(Content(row.sha256, row.size))
+    return Response(status_code=204)

@@ -1,0 +1,72 @@
+"""What the environment says: every setting of the service, read once."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import ByteSize, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_FACTORY_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+_GIB = 2**30
+Bytes = Annotated[ByteSize, Field(ge=0)]
+
+
+class Settings(BaseSettings):
+    """Settings: NORMSEARCH_ and a field's name in capitals; docs/service.md has the table."""
+
+    model_config = SettingsConfigDict(env_prefix="NORMSEARCH_", frozen=True, hide_input_in_errors=True)
+
+    data: Path = Field(Path("normsearch-data"), description="folder of the database and of every file")
+    database_url: SecretStr | None = Field(
+        None,
+        description="`postgresql://USER:PASSWORD@HOST/NAME`; default: SQLite in the data folder",
+    )
+    open: bool = Field(False, description="1: no API keys, for loopback addresses alone")
+    factories: dict[str, str] = Field(
+        default_factory=dict,
+        description='networks of your own as JSON, `{"crepe": "package.module:factory"}`; asked for as '
+        "`factories/crepe`",
+    )
+    metrics_token: SecretStr | None = Field(
+        None, description="bearer token for `/metrics`; default: loopback clients alone"
+    )
+    requests_per_minute: int = Field(
+        600, ge=1, description="requests per API key, and per address without one"
+    )
+    upload_bytes: Bytes = Field(ByteSize(4 * _GIB), description="largest upload")
+    quota_bytes: Bytes = Field(ByteSize(20 * _GIB), description="what one API key may store")
+    reserve_bytes: Bytes = Field(
+        ByteSize(_GIB), description="disk space left free: an upload that would need it is refused with 507"
+    )
+    slowest_bytes_per_second: int = Field(
+        16_384, ge=1, description="an upload slower than this, after 30 s of grace, is ended with 408"
+    )
+    children: int = Field(
+        default_factory=lambda: os.cpu_count() or 1,
+        ge=1,
+        description="child processes at a time; default: processors",
+    )
+    child_threads: int = Field(1, ge=1, description="threads of one child's arithmetic")
+    child_memory_bytes: Bytes = Field(
+        ByteSize(8 * _GIB), description="address space that a child may add to what it starts with"
+    )
+    child_file_bytes: Bytes = Field(ByteSize(8 * _GIB), description="largest file that a child may write")
+    child_seconds: float = Field(300, gt=0, description="time that a child may take")
+    wait_seconds: float = Field(
+        120, gt=0, description="time that a request waits for a free child before it is answered with 503"
+    )
+
+    @field_validator("factories")
+    @classmethod
+    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, factory in value.items():
+            if not _FACTORY_NAME.fullmatch(name) or not _FACTORY.fullmatch(factory):
+                raise ValueError(
+                    f"{name!r}: {factory!r} is not NAME (a-z, digits, . _ -) and package.module:factory"
+                )
+        return value

@@ -1,0 +1,76 @@
+"""The service, started for a test: in this process, or as users start it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from starlette.testclient import TestClient
+
+from api import keys
+from api.main import create_app
+from api.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def settings(folder: Path, **others: Any) -> Settings:
+    given: dict[str, Any] = {"data": folder / "data", "reserve_bytes": 0, "children": 1, **others}
+    return Settings(**given)
+
+
+@contextmanager
+def served(folder: Path, client: str = "127.0.0.1", **others: Any) -> Iterator[TestClient]:
+    """The application in this process, asked from loopback."""
+    app = create_app(settings(folder, **others))
+    with TestClient(
+        app, base_url="http://127.0.0.1", client=(client, 50_000), raise_server_exceptions=False
+    ) as asking:
+        yield asking
+
+
+def bearer(client: TestClient, name: str = "a", quota_bytes: int | None = None) -> dict[str, str]:
+    """The header of a new key."""
+    _, secret = keys.create(client.app.state.parts.database, name, quota_bytes)  # type: ignore[attr-defined]
+    return {"Authorization": f"Bearer {secret}"}
+
+
+@contextmanager
+def running(folder: Path, grace: float | None = None, **environment: str) -> Iterator[int]:
+    """The service as a process of its own, open on a free port, which is returned."""
+    code = "import api.observing, api.receiving, api.server, api.__main__ as main\n"
+    if grace is not None:
+        code += f"api.receiving._GRACE = api.observing._BODY_SECONDS = api.server.HEAD = {grace}\n"
+    code += "main.app(['serve', '--port', '0'])"
+    given = {
+        **os.environ,
+        "NORMSEARCH_DATA": str(folder / "data"),
+        "NORMSEARCH_OPEN": "1",
+        "NORMSEARCH_RESERVE_BYTES": "0",
+        "NORMSEARCH_CHILDREN": "1",
+        **environment,
+    }
+    log = folder / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=given, stderr=stderr)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"running on http://127\.0\.0\.1:(\d+)", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield int(found[1])
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
