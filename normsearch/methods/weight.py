@@ -33,6 +33,12 @@ def _norms(matrix: Tensor) -> Tensor:
     return matrix.square().sum(1).clamp_min(smallest(matrix) ** 2).sqrt()
 
 
+def _lengths(v: Tensor) -> Tensor:
+    """Return the length of each slice of the first dimension, never zero, without a gradient."""
+    lengths: Tensor = torch.linalg.vector_norm(v.flatten(1), dim=1).clamp_min_(smallest(v))
+    return lengths
+
+
 class _ScaledDirections(torch.autograd.Function):
     """g v / ‖v‖ for each slice v of the first dimension, keeping v and g alone.
 
@@ -43,7 +49,7 @@ class _ScaledDirections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, g: Tensor) -> Tensor:
         ctx.save_for_backward(v, g)
-        norm = torch.linalg.vector_norm(v.flatten(1), dim=1).clamp_min_(smallest(v))
+        norm = _lengths(v)
         weight: Tensor = v * (g / norm).reshape(-1, *(1 for _ in v.shape[1:]))
         return weight
 
@@ -89,7 +95,11 @@ class WeightNorm(Reparametrized):
         """Return ``layer`` with v its weight and g = scale·‖v‖: its outputs, scaled per channel."""
         new = cls.of(layer)
         v = layer.get_parameter("weight")
-        norm = rows(v.detach().double(), layer).square().sum(1).sqrt()
+        if isinstance(layer, _ConvTransposeNd):
+            norm = rows(v.detach().double(), layer).square().sum(1).sqrt()
+        else:
+            # The very number that the forward pass divides by: without a scale, the weight stays bit for bit.
+            norm = _lengths(v.detach())
         gain = norm if scale is None else norm * scale
         new.register_parameter("weight_g", nn.Parameter(gain.to(v.dtype), requires_grad=v.requires_grad))
         new.register_parameter("weight_v", v)
