@@ -730,6 +730,11 @@ def test_what_cannot_be_trained_is_left_out_and_named() -> None:
     assert {t.state for t in result.study.trials} == {optuna.trial.TrialState.COMPLETE}
     assert all("batch" not in t.params.values() for t in result.study.trials)
     assert "Expected more than 1 value per channel" in result.space.refusals[0].reason
+    # Where a site alone cannot have a method, as a linear layer's cannot have instance norm, the others may.
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 4), nn.BatchNorm1d(4)]
+    mixed = nn.Sequential(*layers, nn.Linear(4, 3)).eval()
+    result = normsearch.search(mixed, task(), methods=["batch", "instance"], n_trials=4, confirm=1, veto=None)
+    assert result.space.allowed == {"1": ("batch", "instance"), "4": ("batch",)}
     with pytest.raises(SearchError, match="whatever its normalization: TypeError"):
         normsearch.search(network(), task(loss=lambda output: output.sum()), n_trials=4)
 

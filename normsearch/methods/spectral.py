@@ -49,7 +49,8 @@ class SpectralNorm(Reparametrized):
             self._iterate(matrix)
         # Copies, so that the next power iteration does not change what backward needs.
         left, right = self.left.clone(), self.right.clone()
-        sigma = torch.dot(left, torch.mv(matrix, right)).clamp_min(smallest(matrix))
+        # Operators: a compiler does not always know torch.mv.
+        sigma = (left @ (matrix @ right)).clamp_min(smallest(matrix))
         if self.gain is None:
             return self.weight_orig / sigma
         return self.weight_orig * per_output(self.gain / sigma, self, self.weight_orig)
@@ -62,8 +63,8 @@ class SpectralNorm(Reparametrized):
 
     @torch.no_grad()
     def _iterate(self, matrix: Tensor) -> None:
-        self.right.copy_(F.normalize(torch.mv(matrix.t(), self.left), dim=0, eps=smallest(matrix)))
-        self.left.copy_(F.normalize(torch.mv(matrix, self.right), dim=0, eps=smallest(matrix)))
+        self.right.copy_(F.normalize(matrix.t() @ self.left, dim=0, eps=smallest(matrix)))
+        self.left.copy_(F.normalize(matrix @ self.right, dim=0, eps=smallest(matrix)))
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -100,7 +101,7 @@ class SpectralNorm(Reparametrized):
         new.register_buffer("right", torch.zeros_like(matrix[0]))
         new._settle()
         if gain:
-            sigma = torch.dot(new.left, torch.mv(matrix, new.right)).clamp_min(smallest(matrix))
+            sigma = (new.left @ (matrix @ new.right)).clamp_min(smallest(matrix))
             value = sigma.double() * (torch.ones_like(new.left).double() if scale is None else scale)
             new.register_parameter(
                 "gain", nn.Parameter(value.to(weight.dtype), requires_grad=weight.requires_grad)
@@ -109,7 +110,8 @@ class SpectralNorm(Reparametrized):
 
     def sigma(self) -> Tensor:
         """Return the current estimate of the largest singular value of the weight before division."""
-        return torch.dot(self.left, torch.mv(rows(self.weight_orig, self), self.right))
+        sigma: Tensor = self.left @ (rows(self.weight_orig, self) @ self.right)
+        return sigma
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,10 @@ def untrainable(resident: Resident, space: SearchSpace, task: Task, seed: int) -
     step = replace(task, recipe=replace(task.recipe, steps=1))
     failed: dict[str, Exception] = {}
     for spelling in space.methods:
-        wanted = {glob.escape(path): [spelling, "frozen", "batch"] for path in space.allowed}
+        wanted = {
+            glob.escape(path): [*([spelling] if spelling in allowed else ()), "frozen", "batch"]
+            for path, allowed in space.allowed.items()
+        }
         with seeded(seed), resident.converted(plan(resident.model, wanted)) as model:
             try:
                 step.train_on(model)
