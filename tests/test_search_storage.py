@@ -10,12 +10,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution
 from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from normsearch.errors import SearchError
-from normsearch.searching import check_shared, open_storage, storage
+from normsearch.searching import check_shared, open_storage, run_trials, storage
 
 HALF = b'{"op_code":8,"worker_id":"f00","trial_id":0,"user_at'
 
@@ -178,3 +179,17 @@ def test_storages_of_one_process_are_not_shared(tmp_path: Path) -> None:
     with pytest.raises(SearchError, match="memory cannot be shared"):
         check_shared(open_storage(None))
     check_shared(open_storage(tmp_path / "j"))
+
+
+@pytest.mark.parametrize(("spoil", "said"), [("remove", "is gone"), ("cut", "was cut while it was in use")])
+def test_a_journal_that_disappears_is_named(tmp_path: Path, spoil: str, said: str) -> None:
+    path = tmp_path / "study.journal"
+    study = optuna.create_study(storage=open_storage(path), study_name="s")
+
+    def evaluate(trial: optuna.Trial) -> float:
+        if trial.number == 1:
+            path.unlink() if spoil == "remove" else path.write_bytes(b"")
+        return 0.0
+
+    with pytest.raises(SearchError, match=said):
+        run_trials(study, evaluate, n_trials=3, distributions={"a": CategoricalDistribution(["x", "y"])})

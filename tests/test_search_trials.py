@@ -433,7 +433,10 @@ class TestOutcomes:
         with pytest.raises(SearchError, match="first 3 trials all failed: KeyError: 'label'") as caught:
             run(study, evaluate, n=9)
         assert isinstance(caught.value.__cause__, KeyError)
-        assert states(study) == ["FAIL"] * 3
+        # What they tried waits for a mended objective.
+        assert states(study) == ["FAIL"] * 3 + ["WAITING"] * 3
+        waiting = [trial.system_attrs["fixed_params"] for trial in study.trials[3:]]
+        assert waiting == [trial.params for trial in study.trials[:3]]
 
     def test_other_failures_do_not(self) -> None:
         study = make_study()

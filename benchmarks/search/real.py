@@ -190,7 +190,8 @@ def _without(
         scores[key] = evaluation.again(problem.task.confirm, candidate.params, candidate.number, number)[0]
         return scores[key]
 
-    index, _ = decide(given, score, [seed + 1 + n for n in range(CONFIRM)], maximize=True)
+    seeds = [seed + 1 + n for n in range(CONFIRM)]
+    index, _ = decide(given, score, seeds, maximize=True, samples=problem.task.confirmed_on())
     return space, study, given[index].params, given[index].uniform
 
 

@@ -24,6 +24,8 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
+#: Bytes; no entry is longer.
+_LONGEST_LINE = 1 << 20
 #: How every journal begins.
 _BEGINNING = b'{"op_code":'
 #: How often tables are asked for while other processes make the same ones.
@@ -87,7 +89,10 @@ class _Lock(BaseJournalFileLock):
 
     def acquire(self) -> bool:
         """Wait for the lock, and remove what a process that was killed while writing left of a line."""
-        descriptor = os.open(self._path, os.O_RDWR)
+        try:
+            descriptor = os.open(self._path, os.O_RDWR)
+        except FileNotFoundError:
+            raise SearchError(_gone(self._path)) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             _drop_unfinished_line(descriptor)
@@ -102,6 +107,12 @@ class _Lock(BaseJournalFileLock):
         # Unlocked by name: a forked child may hold a copy of the descriptor.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
+
+
+def _gone(path: Path) -> str:
+    return (
+        f"{path} is gone: it was removed or moved while it was in use; put it back and go on, or start anew"
+    )
 
 
 def _drop_unfinished_line(descriptor: int) -> None:
@@ -122,17 +133,29 @@ class _Journal(JournalFileBackend):
     """Optuna's journal file, under that lock."""
 
     def __init__(self, path: Path) -> None:
-        self._journal, self._guard = path, _Lock(path)
+        self._journal, self._guard, self._size = path, _Lock(path), 0
         super().__init__(str(path), lock_obj=self._guard)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Return the entries from one number on."""
+        self._check_whole()
         try:
             entries = list(super().read_logs(log_number_from))
         except ValueError:
             # Readers do not lock: half a line may have been replaced by another one between two reads.
             entries = self._read_locked(log_number_from)
         yield from entries
+
+    def _check_whole(self) -> None:
+        """Raise if what was there is no longer: a journal only grows."""
+        try:
+            size = self._journal.stat().st_size
+        except FileNotFoundError:
+            raise SearchError(_gone(self._journal)) from None
+        # Half a line that a killed process left may be cut off.
+        if size + _LONGEST_LINE < self._size or (self._size and not size):
+            raise SearchError(f"{self._journal} was cut while it was in use; restore it from a copy")
+        self._size = max(self._size, size)
 
     def _read_locked(self, log_number_from: int) -> list[dict[str, Any]]:
         self._guard.acquire()
