@@ -42,12 +42,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.gan
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.training_step
-	$(BIN)/python -m benchmarks.search.factorials
-	$(BIN)/python -m benchmarks.search.regret
-	$(BIN)/python -m benchmarks.search.fronts
-	$(BIN)/python -m benchmarks.search.workers
-	$(BIN)/python -m benchmarks.search.real
-	$(BIN)/python -m benchmarks.search.overhead
+	$(BIN)/python -m benchmarks.search
 
 clean:
 	rm -rf .venv demo-output
