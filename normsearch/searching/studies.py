@@ -109,7 +109,8 @@ class Memory:
         if not self.has("settings") or not (self.has("ready") or self.study.get_trials(deepcopy=False)):
             # What was refused while it was being prepared leaves nothing that binds.
             for name in ("sensitivity", "costs", "prior", "reference", "identity"):
-                self.keep(name, None)
+                if self.has(name):
+                    self.keep(name, None)
             self.keep("settings", asdict(settings))
             return
         before, now = asdict(self.settings()), asdict(settings)
