@@ -197,8 +197,8 @@ def test_the_same_command_goes_on(folder: Path) -> None:
     assert again[:8] == first
     other = cli("search", *words, "--trials", "14", "--force", "--seed", "1", code=1)
     assert other.stderr == (
-        "error: the study 'mytask.scored' was made with --seed 0, now it is 1; resume with the same arguments, or "
-        "give another --study\n"
+        "error: the study 'mytask.scored' was made with --seed 0, now it is 1; resume with the same "
+        "arguments, or give another --study\n"
     )
 
 
@@ -247,11 +247,11 @@ def test_a_worker_joins_on_a_journal_file(folder: Path) -> None:
     assert process.returncode == 0, stderr
     trials = study_of("mytask.slow.journal", "mytask.slow").trials
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 14
-    assert joined["study"] == "mytask"
+    assert joined["study"] == "mytask.slow"
     assert 1 <= joined["trials_run"] < 14
     # A worker that comes late has nothing to do.
-    late = cli("worker", "--study", "mytask", "--task", "mytask:slow")
-    assert late.stdout == "the study 'mytask' has all its trials; 0 of them ran here\n"
+    late = cli("worker", "--study", "mytask.slow", "--task", "mytask:slow")
+    assert late.stdout == "the study 'mytask.slow' has all its trials; 0 of them ran here\n"
 
 
 def test_options_reach_the_search(folder: Path) -> None:
