@@ -12,10 +12,11 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import nn
 
-from normsearch.errors import ModelError, SearchError
+from normsearch.errors import SearchError
 from normsearch.methods import Method
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Stage
+from normsearch.searching.checking import check_arguments, check_whole
 from normsearch.searching.confirming import Candidate, candidates, decide
 from normsearch.searching.constraints import Constraint, checked
 from normsearch.searching.costs import check_cost
@@ -190,7 +191,7 @@ class Search:
     ) -> None:
         check_whole("n_trials", n_trials, 1)
         check_whole("seed", seed, 0)
-        _check(model, methods, sites, veto, name)
+        check_arguments(model, methods, sites, veto, name)
         costs = (costs,) if isinstance(costs, str) else costs
         self.n_trials = n_trials
         for cost in costs:
@@ -338,25 +339,3 @@ class Search:
                 f"({type(error).__name__}: {error}); mend the objective and go on with the same call: what "
                 "is done is kept where the study has a name or a storage"
             ) from error
-
-
-def check_whole(name: str, value: int, least: int) -> None:
-    """Raise a ``SearchError`` for anything but a whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SearchError(f"{name}={value!r}: give a whole number, at least {least}")
-
-
-def _check(model: Any, methods: Any, sites: Any, veto: Any, name: Any) -> None:
-    """Raise for arguments of other types, before anything is made."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
-    if not isinstance(methods, str | Method | Sequence):
-        raise SearchError(f"methods={methods!r}: give a list of methods or spellings")
-    if sites is not None:
-        sites = [sites] if isinstance(sites, str) else list(sites)
-        if not all(isinstance(one, str) for one in sites):
-            raise SearchError(f"sites={sites!r}: give glob patterns of paths")
-    if veto is not None and (isinstance(veto, bool) or not isinstance(veto, int | float) or not veto > 0):
-        raise SearchError(f"veto={veto!r}: give a drift above 0, or None to veto nothing")
-    if name is not None and (not isinstance(name, str) or not name or not name.isprintable()):
-        raise SearchError(f"name={name!r}: give a name in printable characters")
