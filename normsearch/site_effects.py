@@ -84,7 +84,7 @@ def sensitivity(
     if isinstance(model, nn.Module) and is_lazy(model):
         model = materialised(model, copies(first))
     dataflow = any(method.needs_producer for method in tried)
-    found = _chosen(analyse(model, copies(first), dataflow=dataflow), sites, model)
+    found = chosen(analyse(model, copies(first), dataflow=dataflow), sites, model, "measure")
     subject = with_calls_lifted(model, certain=any(site.kind == "functional" for site in found))
     pick = _picking(outputs)
     every = chain([first], iterator)
@@ -156,9 +156,17 @@ def _methods(given: str | Method | Sequence[str | Method]) -> list[Method]:
     return list(dict.fromkeys(parsed))
 
 
-def _chosen(found: tuple[NormSite, ...], patterns: Iterable[str] | None, model: nn.Module) -> list[NormSite]:
+def chosen(
+    found: tuple[NormSite, ...], patterns: Iterable[str] | None, model: nn.Module, purpose: str
+) -> list[NormSite]:
+    """Return the sites that glob patterns of paths or aliases name; all without patterns.
+
+    Raises:
+        PlanError: there is no site to do anything with, or a pattern matches none.
+
+    """
     if not found:
-        raise PlanError(f"{type(model).__name__} has no BatchNorm layer: there is nothing to measure")
+        raise PlanError(f"{type(model).__name__} has no BatchNorm layer: there is nothing to {purpose}")
     if patterns is None:
         return list(found)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
@@ -172,8 +180,8 @@ def _chosen(found: tuple[NormSite, ...], patterns: Iterable[str] | None, model: 
             f"no site matches {', '.join(map(repr, unused)) or 'an empty list'}; paths look like "
             f"{found[0].path!r} and {found[-1].path!r}, and * matches any text, dots included"
         )
-    chosen = {site.path for matched in matches.values() for site in matched}
-    return [site for site in found if site.path in chosen]
+    paths = {site.path for matched in matches.values() for site in matched}
+    return [site for site in found if site.path in paths]
 
 
 def _picking(outputs: Outputs | None) -> Outputs:

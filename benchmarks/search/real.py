@@ -277,6 +277,7 @@ def main() -> None:
     lines = path.read_text().splitlines() if path.exists() else []
     runs = [Run(**json.loads(line)) for line in lines if line.endswith("}")]
     runs = [one for one in runs if one.source == source()]
+    path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in runs))
     done = {(one.problem, one.seed, one.variant) for one in runs}
     for variant in arguments.variants:
         for seed in range(arguments.seeds):

@@ -84,8 +84,7 @@ def candidates(study: Study, space: SearchSpace, top: int, prior: Table | None =
     if not done:
         raise SearchError(_nothing(study))
     sign = -1.0 if study.directions[0] == StudyDirection.MINIMIZE else 1.0
-    uniform = {tuple(sorted(space.uniform(m).items())): m for m in reversed(space.methods)}
-    names = {t.number: uniform.get(tuple(sorted(space.free(t.params).items()))) for t in done}
+    names = {t.number: space.uniform_method(t.params) for t in done}
     same = [t for t in done if names[t.number] is not None]
     mixes = [t for t in done if names[t.number] is None]
     scores = [sign * t.values[0] for t in done]

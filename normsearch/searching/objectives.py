@@ -73,7 +73,7 @@ class Evaluation:
         learned: Mapping[str, str] | None = None
         with seeded(self.seed), self.resident.converted(plan) as model:
             values = self.numbers(self.objective(model, trial))
-            if self._is_uniform(trial.params):
+            if self.space.uniform_method(trial.params) is not None:
                 learned = learned_params(model, plan, self.space)
         if self.reference is not None and (name := "MaxDrop") not in trial.constraints:
             drop = self.reference - values[0]
@@ -85,10 +85,10 @@ class Evaluation:
             _enqueue(study, learned, "learned")
         return (*values, *self._cost(plan))
 
-    def original(self, run: Objective | None = None, seed: int | None = None) -> tuple[float, ...]:
+    def original(self) -> tuple[float, ...]:
         """Return the objective's numbers for the network as it was given."""
-        with seeded(self.seed if seed is None else seed), self.resident.borrowed() as model:
-            return self.numbers((run or self.objective)(model, FixedTrial({})))
+        with seeded(self.seed), self.resident.borrowed() as model:
+            return self.numbers(self.objective(model, FixedTrial({})))
 
     def again(
         self, run: Objective, params: Mapping[str, Any], number: int, seed: int, *, keep: bool = False
@@ -142,9 +142,6 @@ class Evaluation:
 
     def _cost(self, plan: Plan) -> tuple[float, ...]:
         return tuple(0.0 if self.table is None else self.table.of(plan, cost) for cost in self.costs)
-
-    def _is_uniform(self, params: Mapping[str, Any]) -> bool:
-        return any(self.space.uniform(m) == self.space.free(params) for m in self.space.methods)
 
 
 @contextmanager

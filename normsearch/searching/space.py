@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -13,10 +12,11 @@ import numpy as np
 from optuna.distributions import CategoricalDistribution
 from torch import nn
 
-from normsearch.errors import PlanError, SearchError
+from normsearch.errors import SearchError
 from normsearch.methods import Method, Refusal, parse_method
 from normsearch.plans import Plan, Row, refusal_at
 from normsearch.searching.sampler import Table
+from normsearch.site_effects import chosen
 from normsearch.sites import NormSite, analyse
 
 #: One normalization by the batch, one by the sample, one by the map, and mixtures that learn their weights.
@@ -102,7 +102,7 @@ class SearchSpace:
         parsed = _parsed(methods)
         dataflow = any(method.needs_dataflow for method in parsed)
         found = analyse(model, inputs, dataflow=dataflow)
-        searched = _matching(found, sites, model)
+        searched = chosen(found, sites, model, "search")
         refusals: list[Refusal] = []
         allowed: dict[str, tuple[str, ...]] = {}
         for site in searched:
@@ -251,6 +251,11 @@ class SearchSpace:
         """Return the parameters with one method wherever it may stand, the choices' first elsewhere."""
         return self.params({path: method for choice in self.choices for path in choice.sites})
 
+    def uniform_method(self, params: Mapping[str, Any]) -> str | None:
+        """Return the method that stands wherever it may, the preferred of several; None for a mix."""
+        free = self.free(params)
+        return next((method for method in self.methods if self.uniform(method) == free), None)
+
     def free(self, params: Mapping[str, str]) -> dict[str, str]:
         """Return the parameters that a study knows of: those with two methods at least."""
         return {name: params[name] for name in self.distributions}
@@ -287,21 +292,3 @@ def _parsed(methods: Sequence[str | Method]) -> list[Method]:
         raise SearchError(f"methods is empty; give some to choose from, for example {', '.join(METHODS)}")
     parsed = [one if isinstance(one, Method) else parse_method(one) for one in several]
     return list(dict.fromkeys(parsed))
-
-
-def _matching(
-    found: tuple[NormSite, ...], patterns: Iterable[str] | None, model: nn.Module
-) -> list[NormSite]:
-    if not found:
-        raise PlanError(f"{type(model).__name__} has no BatchNorm layer: there is nothing to search")
-    if patterns is None:
-        return list(found)
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    chosen = [s for s in found if any(fnmatchcase(p, w) for w in wanted for p in (s.path, *s.aliases))]
-    unused = [w for w in wanted if not any(fnmatchcase(p, w) for s in found for p in (s.path, *s.aliases))]
-    if unused or not wanted:
-        raise PlanError(
-            f"no site matches {', '.join(map(repr, unused)) or 'an empty list'}; paths look like "
-            f"{found[0].path!r} and {found[-1].path!r}, and * matches any text, dots included"
-        )
-    return chosen
