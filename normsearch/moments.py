@@ -22,7 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from normsearch.passes import (
     channel_sums,
+    clip_,
     input_gradient,
+    pass_above,
     spatial_affine,
     spatial_moments,
     spatial_sums,
@@ -45,6 +47,8 @@ class ClosedRule:
     closed = True
     #: What scale and shift depend on beside the moments; None where a layer has no such parameter.
     parameters: tuple[Tensor | None, ...] = ()
+    #: What y is clipped to from below, shape (C,).
+    floor: Tensor | None = None
     #: What the last call handed back.
     extra: Any = None
 
@@ -77,14 +81,14 @@ def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
         rule: maps the moments to scale, shift and anything to hand back.
 
     Returns:
-        y = (x − m)·scale + shift in the dtype of ``x``, and what the rule handed back. Half-precision
-        inputs are computed in single precision.
+        y = (x − m)·scale + shift in the dtype of ``x``, clipped where the rule has a floor, and what the rule
+        handed back. Half-precision inputs are computed in single precision.
 
     """
     if not _has_closed_form(x):
         return _differentiated(x, rule)
     if isinstance(rule, ClosedRule) and rule.closed:
-        return _Normalize.apply(x, rule, *rule.parameters), rule.extra
+        return _Normalize.apply(x, rule, rule.floor, *rule.parameters), rule.extra
     mean, variance, carrier, slope = _Moments.apply(x)
     scale, shift, extra = rule(mean, variance)
     scale, shift = (part.to(mean.dtype).expand_as(mean) for part in (scale, shift))
@@ -115,20 +119,31 @@ class _Normalize(torch.autograd.Function):
     """``normalize`` by a rule whose gradient is known."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rule: ClosedRule, *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, rule: ClosedRule, floor: Tensor | None, *parameters: Tensor | None
+    ) -> Tensor:
         mean, variance = spatial_moments(x)
         scale, shift, rule.extra = rule(mean, variance)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, floor)
         # Of shape (N, C), and neither inputs nor outputs: autograd need not know them.
-        ctx.rule, ctx.mean, ctx.scale = rule, mean, scale.expand_as(mean)
-        return spatial_affine(x, mean, ctx.scale, shift.expand_as(mean))
+        ctx.rule, ctx.mean, ctx.scale, ctx.shift = rule, mean, scale.expand_as(mean), shift.expand_as(mean)
+        y = spatial_affine(x, mean, ctx.scale, ctx.shift)
+        return y if floor is None else clip_(y, floor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, floor = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _again(x, ctx.rule, grad, ctx.needs_input_grad)
-        plain, centred = spatial_sums(grad, x, ctx.mean)
+        of_floor = None
+        if floor is None:
+            plain, centred = spatial_sums(grad, x, ctx.mean)
+        else:
+            # What was clipped is seen from x once more, instead of keeping y.
+            above = spatial_affine(x, ctx.mean, ctx.scale, ctx.shift - floor.to(ctx.shift.dtype))
+            total, grad = channel_sums(grad), pass_above(grad, above)
+            plain, centred = spatial_sums(grad, x, ctx.mean)
+            of_floor = (total - plain.sum(0)).to(floor.dtype)
         of_mean, of_variance, of_parameters = ctx.rule.gradient(centred, plain)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -137,12 +152,12 @@ class _Normalize(torch.autograd.Function):
                 part.expand_as(ctx.mean) for part in (of_variance * (2 / elements), of_mean / elements)
             )
             dx = input_gradient(grad, x, ctx.mean, ctx.scale, of_x, of_one)
-        return dx, None, *of_parameters
+        return dx, None, of_floor, *of_parameters
 
 
 def _again(x: Tensor, rule: ClosedRule, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The gradient as a function of its own inputs, for double backward."""
-    variables = [x if needed[0] else None, None, *rule.parameters]
+    variables = [x if needed[0] else None, None, rule.floor, *rule.parameters]
     wanted = [part for part, need in zip(variables, needed, strict=True) if need and part is not None]
     y, _ = _differentiated(x, rule)
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, materialize_grads=True))
@@ -162,7 +177,18 @@ def _differentiated(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
     variance = (centred.square().mean(spatial) if spatial else centred.square()) - off.square()
     scale, shift, extra = rule(mean, variance)
     scale, shift = (spread(part.expand_as(mean), x) for part in (scale, shift - off * scale))
-    return (centred * scale + shift).to(x.dtype), extra
+    y = (centred * scale + shift).to(x.dtype)
+    floor = rule.floor if isinstance(rule, ClosedRule) else None
+    return y if floor is None else _clipped(y, floor), extra
+
+
+def _clipped(y: Tensor, floor: Tensor) -> Tensor:
+    """max(y, floor) with floor per channel, whose gradient is the floor's where both are equal."""
+    floor = floor.to(y.dtype).reshape(-1, *(1 for _ in y.shape[2:]))
+    if torch.compiler.is_compiling():
+        # Compilers keep what relu returns, but a mask of where's, which is slow to read.
+        return (y - floor).relu() + floor
+    return torch.where(y > floor, y, floor)
 
 
 class _Moments(torch.autograd.Function):
@@ -268,6 +294,35 @@ def batch_moments(
         return centre, _SumOverProcesses.apply(spread, process_group) / count, count
     centre, spread = _union(mean, variance, 0)
     return centre.squeeze(0), spread.squeeze(0), count
+
+
+def union_gradient(
+    of_scale: Tensor, of_shift: Tensor, off: Tensor, scale: Tensor, inverse: Tensor, dim: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of samples' moments where scale and shift follow from those of their union, as in BatchNorm.
+
+    scale = k/√(V + eps) and shift = (m − M)·scale + what the moments have no part in, where M and V are the
+    mean and the variance of the union along ``dim`` and k is constant.
+
+    Args:
+        of_scale: Σ dy (x − m) of each sample.
+        of_shift: Σ dy of each sample.
+        off: m − M of each sample.
+        scale: as above, with size one along ``dim``, or without it where it is the first.
+        inverse: 1/√(V + eps), likewise.
+        dim: the dimension of the samples.
+
+    Returns:
+        The gradients of each sample's mean (with the −scale·Σ dy of x − m) and of every sample's variance;
+        and those of scale and shift summed along ``dim``. All but the first have size one there.
+
+    """
+    samples = of_shift.shape[dim]
+    through = torch.addcmul(of_scale, of_shift, off).sum(dim, keepdim=True)
+    shift = of_shift.sum(dim, keepdim=True)
+    of_variance = (through * scale).mul_(inverse.square()).mul_(-0.5 / samples)
+    of_mean = torch.addcmul((shift * scale).div_(-samples), off, of_variance, value=2)
+    return of_mean, of_variance, through, shift
 
 
 def batch_mean(x: Tensor, *, synchronized: bool = False, process_group: Any = None) -> Tensor:

@@ -78,6 +78,24 @@ def spatial_affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Ten
     return torch.addcmul(spread(offset, x), x.to(scale.dtype), spread(scale, x)).to(x.dtype)
 
 
+def clip_(y: Tensor, floor: Tensor) -> Tensor:
+    """Raise ``y`` to at least ``floor``, shape (C,), in place, and return it."""
+    low, columns = floor.to(y.dtype), _columns(y)
+    if columns is None:
+        return y.clamp_min_(spread(low[None], y))
+    columns.clamp_min_(low)
+    return y
+
+
+def pass_above(grad: Tensor, above: Tensor) -> Tensor:
+    """Return ``grad`` where ``above`` is positive and 0 elsewhere; ``above`` is overwritten."""
+    if grad.stride() == above.stride():
+        _aten.threshold_backward.grad_input(grad, above, 0, grad_input=above)
+        return above
+    passed: Tensor = _aten.threshold_backward.default(grad, above, 0)
+    return passed
+
+
 def spatial_sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σ grad and Σ grad·(x − mean) over the spatial elements."""
     if _in_blocks(x):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normsearch.errors import MethodError
 from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
 from normsearch.methods.running import RunningNorm, Statistics, check_input, held
-from normsearch.moments import ClosedRule, normalize
+from normsearch.moments import ClosedRule, normalize, union_gradient
 from normsearch.sites import NormSite
 
 #: The paper's schedule in steps: both bounds are off until WARM_UP, then grow linearly to their ends.
@@ -129,12 +129,11 @@ class _Corrected(ClosedRule):
         """Return the gradients of the moments, γ and β."""
         assert self.corrections is not None
         r, d = self.corrections
-        samples = of_shift.shape[0]
-        through = torch.addcmul(of_scale, of_shift, self.off).sum(0)
-        shift = of_shift.sum(0)
-        of_variance = through * self.scale / self.sigma.square() * (-0.5 / samples)
-        of_mean = torch.addcmul(shift * self.scale / -samples, self.off, of_variance, value=2)
-        return of_mean, of_variance, self.layer.of_affine(through * r / self.sigma + shift * d, shift)
+        inverse = self.sigma.reciprocal()
+        of_mean, of_variance, through, shift = union_gradient(
+            of_scale, of_shift, self.off, self.scale, inverse
+        )
+        return of_mean, of_variance, self.layer.of_affine(through * r * inverse + shift * d, shift)
 
 
 @dataclass(frozen=True)

@@ -12,34 +12,11 @@ from normsearch.errors import ShapeError
 from normsearch.methods.base import Built, ElementGuard, Method, Refusal, TrainedNorm
 from normsearch.methods.group import affine_note
 from normsearch.methods.running import check_input, make_affine, reset_affine
-from normsearch.moments import normalize
+from normsearch.moments import ClosedRule, normalize
 from normsearch.sites import NormSite
 
 #: What max(y, 0) is; the clipped variants above zero (ReLU6) are not.
 _RELU = "torch.nn.modules.activation.ReLU"
-
-
-class _Threshold(torch.autograd.Function):
-    """max(y, τ), which keeps what it returns for the backward pass, as ReLU does, and not its input."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y: Tensor, tau: Tensor) -> Tensor:
-        return torch.maximum(y, tau)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output, inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        output, tau = ctx.saved_tensors
-        # What is clipped is τ itself: the difference is zero there and nowhere else.
-        passed = torch.ops.aten.threshold_backward(grad, output - tau, 0)
-        axes = (0, *range(2, grad.dim()))
-        clipped = grad.sum(axes, keepdim=True) - passed.sum(axes, keepdim=True)
-        return passed, clipped
 
 
 class FilterResponseNorm(nn.Module):
@@ -105,28 +82,45 @@ class FilterResponseNorm(nn.Module):
                 f"{tuple(x.shape)}: of a single one little more than the sign would be left; use group, "
                 "layer or frozen for this site"
             )
-        y, _ = normalize(x, self._rule)
-        if self.tau is None:
-            return y
-        shape = (1, -1, *(1 for _ in x.shape[2:]))
-        tau = self.tau.to(y.dtype).reshape(shape)
-        if torch.compiler.is_compiling():
-            # Compilers fuse this with the normalization; a kept output would become a mask, slow to read.
-            return (y - tau).relu() + tau
-        clipped: Tensor = _Threshold.apply(y, tau)
-        return clipped
-
-    def _rule(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, None]:
-        scale = (variance + mean.square() + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        # y = x·scale + β, written around the mean.
-        shift = mean * scale
-        return scale, shift if self.bias is None else shift + self.bias, None
+        y, _ = normalize(x, _RootMeanSquare(self))
+        return y
 
     def extra_repr(self) -> str:
         """Print what this layer has."""
         return f"{self.num_features}, eps={self.eps}, affine={self.affine}, threshold={self.threshold}"
+
+
+class _RootMeanSquare(ClosedRule):
+    """Scale = γ/√(v + m² + eps), shift = m·scale + β, so that y = x·scale + β; clipped to τ from below."""
+
+    def __init__(self, layer: FilterResponseNorm) -> None:
+        self.layer = layer
+        self.parameters = (layer.weight, layer.bias)
+        self.floor = layer.tau
+
+    def __call__(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return scale and shift."""
+        layer = self.layer
+        self.mean = mean
+        self.inverse = torch.addcmul(variance, mean, mean).add(layer.eps).rsqrt()
+        self.scale = self.inverse if layer.weight is None else self.inverse * layer.weight
+        shift = mean * self.scale
+        return self.scale, shift if layer.bias is None else shift + layer.bias, None
+
+    def gradient(
+        self, of_scale: Tensor, of_shift: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Return the gradients of the moments, γ and β."""
+        layer = self.layer
+        # Σ dy x/√(ν² + eps): that of γ, once summed.
+        through = torch.addcmul(of_scale, of_shift, self.mean).mul_(self.inverse)
+        of_variance = (through * self.scale).mul_(self.inverse).mul_(-0.5)
+        of_weight, of_bias = (
+            None if parameter is None else part.sum(0).to(parameter.dtype)
+            for part, parameter in ((through, layer.weight), (of_shift, layer.bias))
+        )
+        # The shift's m undoes the one of x − m: the mean only acts through ν² = v + m².
+        return (self.mean * of_variance).mul_(2), of_variance, (of_weight, of_bias)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from normsearch.errors import MethodError, ShapeError
 from normsearch.methods.base import Built, Method, TrainedNorm
-from normsearch.methods.running import RunningNorm, check_input
-from normsearch.moments import batch_moments, normalize
+from normsearch.methods.running import RunningNorm, Statistics, check_input
+from normsearch.moments import ClosedRule, batch_moments, normalize, union_gradient
 from normsearch.sites import NormSite
 
 
@@ -72,7 +72,7 @@ class GhostBatchNorm(RunningNorm):
                 f"GhostBatchNorm needs more than one value per channel in each chunk, got {tuple(x.shape)} "
                 f"in chunks of at most {self.size}; use a larger batch or size, or group for this site"
             )
-        y, chunks = normalize(x, self._rule)
+        y, chunks = normalize(x, _Chunks(self, self._sizes(x.shape[0])))
         for mean, variance, count in chunks:
             self.update(mean, variance, count * elements)
         return y
@@ -83,21 +83,62 @@ class GhostBatchNorm(RunningNorm):
         least, larger = divmod(samples, count)
         return [least + 1] * larger + [least] * (count - larger)
 
-    def _rule(
-        self, mean: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor, int]]]:
-        sizes = self._sizes(mean.shape[0])
-        chunks = [batch_moments(m, v) for m, v in zip(mean.split(sizes), variance.split(sizes), strict=True)]
-        of_mean, of_variance = (
-            torch.cat([part.expand(size, -1) for part, size in zip(parts, sizes, strict=True)])
-            for parts in list(zip(*chunks, strict=True))[:2]
-        )
-        scale = self.scaled((of_variance + self.eps).rsqrt())
-        return scale, self.shifted((mean - of_mean) * scale), chunks
-
     def extra_repr(self) -> str:
         """Print what torch's layers print, and the size."""
         return f"{super().extra_repr()}, size={self.size}"
+
+
+class _Chunks(ClosedRule):
+    """Scale = γ/√(σ² + eps), shift = (m − μ)·scale + β by the chunk of each sample; hands back every chunk's.
+
+    Args:
+        layer: gives γ, β and eps.
+        sizes: samples in each chunk, larger ones first.
+
+    """
+
+    def __init__(self, layer: GhostBatchNorm, sizes: list[int]) -> None:
+        self.layer, self.sizes = layer, sizes
+        self.parameters = (layer.weight, layer.bias)
+        # Chunks of one size are one more dimension; others are left to autograd.
+        self.closed = sizes[0] == sizes[-1]
+
+    def __call__(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, list[Statistics]]:
+        """Return scale, shift and the statistics of every chunk."""
+        layer, sizes = self.layer, self.sizes
+        chunks = [batch_moments(m, v) for m, v in zip(mean.split(sizes), variance.split(sizes), strict=True)]
+        centres = torch.stack([of_mean for of_mean, _, _ in chunks])
+        spreads = torch.stack([of_variance for _, of_variance, _ in chunks])
+        self.inverse = (spreads + layer.eps).rsqrt()
+        self.scale = layer.scaled(self.inverse)
+        if self.closed:
+            scale, centre = (
+                part.unsqueeze(1).expand(-1, sizes[0], -1).reshape(mean.shape)
+                for part in (self.scale, centres)
+            )
+        else:
+            scale, centre = (
+                torch.cat([row.expand(size, -1) for row, size in zip(part, sizes, strict=True)])
+                for part in (self.scale, centres)
+            )
+        self.off = mean - centre
+        return scale, layer.shifted(self.off * scale), chunks
+
+    def gradient(
+        self, of_scale: Tensor, of_shift: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Return the gradients of the moments, γ and β."""
+        shape = (len(self.sizes), self.sizes[0], of_shift.shape[1])
+        of_mean, of_variance, through, shift = union_gradient(
+            of_scale.view(shape),
+            of_shift.view(shape),
+            self.off.view(shape),
+            self.scale.unsqueeze(1),
+            self.inverse.unsqueeze(1),
+            dim=1,
+        )
+        affine = self.layer.of_affine(through[:, 0] * self.inverse, shift[:, 0])
+        return of_mean.flatten(0, 1), of_variance.expand(shape).reshape(of_shift.shape), affine
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from normsearch.errors import ShapeError
 from normsearch.methods.base import Built, ElementGuard, Method, Refusal, TrainedNorm
-from normsearch.methods.running import RunningNorm, check_input
-from normsearch.moments import normalize
+from normsearch.methods.running import RunningNorm, Statistics, check_input
+from normsearch.moments import ClosedRule, normalize, union_gradient
 from normsearch.sites import NormSite
 
 
@@ -65,24 +65,51 @@ class InstanceBatchNorm(RunningNorm):
                 f"{tuple(x.shape)}: half of its channels would be constant; use group, layer or "
                 "batch_instance for this site"
             )
-        y, statistics = normalize(x, self._rule)
+        y, statistics = normalize(x, _Halves(self))
         if statistics is not None:
             mean, variance, count = statistics
             self.update(mean, variance, count * elements)
         return y
 
-    def _rule(
-        self, mean: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int] | None]:
-        half, samples = self.num_features // 2, mean.shape[0]
-        statistics = self.batch_statistics(mean, variance) if self.uses_batch else None
-        of_batch = self.running() if statistics is None else statistics[:2]
-        centre, spread = (
-            torch.cat([own[:, :half], whole[half:].to(own.dtype).expand(samples, -1)], 1)
-            for own, whole in zip((mean, variance), of_batch, strict=True)
+
+class _Halves(ClosedRule):
+    """Scale = γ/√(σ² + eps) with each sample's σ² in the first half and the batch's in the second.
+
+    Shift = β in the first half, (m − μ_B)·scale + β in the second. It hands back the batch's statistics where
+    it used them, else None.
+    """
+
+    def __init__(self, layer: InstanceBatchNorm) -> None:
+        self.layer, self.half = layer, layer.num_features // 2
+        self.parameters = (layer.weight, layer.bias)
+        self.closed = layer.uses_own_batch
+
+    def __call__(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Statistics | None]:
+        """Return scale, shift and the batch's statistics."""
+        layer, half = self.layer, self.half
+        statistics = layer.batch_statistics(mean, variance) if layer.uses_batch else None
+        centre, spread = layer.running() if statistics is None else statistics[:2]
+        of_batch = spread[half:].to(variance.dtype).expand(len(mean), -1)
+        self.inverse = (torch.cat([variance[:, :half], of_batch], 1) + layer.eps).rsqrt()
+        self.scale = layer.scaled(self.inverse)
+        self.off = mean[:, half:] - centre[half:].to(mean.dtype)
+        shift = nn.functional.pad(self.off * self.scale[:, half:], (half, 0))
+        return self.scale, layer.shifted(shift), statistics
+
+    def gradient(
+        self, of_scale: Tensor, of_shift: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Return the gradients of the moments, γ and β."""
+        half, scale, inverse = self.half, self.scale[:, : self.half], self.inverse[:, : self.half]
+        by_inverse = of_scale[:, :half] * inverse
+        of_own = (by_inverse * scale).mul_(inverse).mul_(-0.5)
+        of_mean, of_batch, through, _ = union_gradient(
+            of_scale[:, half:], of_shift[:, half:], self.off, self.scale[:1, half:], self.inverse[:1, half:]
         )
-        scale = self.scaled((spread + self.eps).rsqrt())
-        return scale, self.shifted((mean - centre) * scale), statistics
+        of_mean = torch.cat([(of_shift[:, :half] * scale).neg_(), of_mean], 1)
+        of_variance = torch.cat([of_own, of_batch.expand(len(of_own), -1)], 1)
+        scaled = torch.cat([by_inverse.sum(0), (through * self.inverse[:1, half:])[0]])
+        return of_mean, of_variance, self.layer.of_affine(scaled, of_shift)
 
 
 @dataclass(frozen=True)

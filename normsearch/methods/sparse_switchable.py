@@ -15,7 +15,7 @@ from normsearch.methods.group import affine_note
 from normsearch.methods.mixture import Mixture
 from normsearch.methods.running import RunningNorm, check_input, held
 from normsearch.methods.switchable import BATCH, LAYER, expected_mixture
-from normsearch.moments import normalize
+from normsearch.moments import is_differentiated_otherwise, normalize
 from normsearch.passes import wide_dtype
 from normsearch.sites import NormSite
 
@@ -63,21 +63,61 @@ def sparsestmax(logits: Tensor, radius: Tensor) -> Tensor:
         [tensor([0.2000, 0.3000, 0.5000]), tensor([0., 0., 1.])]
 
     """
+    if is_differentiated_otherwise(logits):
+        return _sparsestmax(logits, radius)[0]
+    p: Tensor = _Sparsestmax.apply(logits, radius)
+    return p
+
+
+class _Sparsestmax(torch.autograd.Function):
+    """``sparsestmax`` with its Jacobian written out: autograd takes longer than a small layer."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, radius: Tensor) -> Tensor:
+        p, sparse, direction, growth = _sparsestmax(logits, radius)
+        ctx.save_for_backward(logits, radius, sparse > 0, direction, growth)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, radius, support, direction, growth = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            p = _sparsestmax(logits, radius)[0]
+            return torch.autograd.grad(p, logits, grad, create_graph=True)[0], None
+        # Along the circle: what points outwards is lost. Then sparsemax's: the mean over what survives is.
+        across = (grad - direction * (direction * grad).sum(-1, keepdim=True)) * growth * support
+        mean = across.sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
+        return (across - mean) * support, None
+
+
+def _sparsestmax(logits: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the points, sparsemax's, the unit vectors in which these were moved, and by how much they grew.
+
+    Where nothing was moved the vector is 0 and the growth 1; where the point is fixed the growth is 0.
+    """
     centre, tiny = 1 / 3, torch.finfo(logits.dtype).eps
     places = torch.arange(3, device=logits.device)
     corner = (places == 2 - logits.flip(-1).argmax(-1, keepdim=True)).to(logits.dtype)
     p = sparsemax(logits)
     # At the very centre all directions are as good: a push towards the corner decides.
     away = p - centre + tiny * (corner - centre)
-    growth = radius / torch.linalg.vector_norm(away, dim=-1, keepdim=True)
-    outwards = torch.where(growth > 1, centre + away * growth, p)
+    distance = torch.linalg.vector_norm(away, dim=-1, keepdim=True)
+    growth = radius / distance
+    moved = growth > 1
+    outwards = torch.where(moved, centre + away * growth, p)
     lowest = outwards.amin(-1, keepdim=True)
     # Outside the triangle: on the edge q = (½ + t, ½ − t, 0), whose distance is √(1/6 + 2t²). There, and in
     # the corner, only a change of the leading logits moves anything.
     t = ((radius.square() - EDGE**2) / 2).clamp_min(0).sqrt()
     edge = torch.where(outwards > lowest, 0.5 - t, 0.0) * (1 - corner) + (0.5 + t) * corner
     fixed = torch.where(radius < CORNER * (1 - tiny), edge, corner).detach()
-    return torch.where((lowest < 0) | (radius >= CORNER * (1 - tiny)), fixed, outwards)
+    is_fixed = (lowest < 0) | (radius >= CORNER * (1 - tiny))
+    return (
+        torch.where(is_fixed, fixed, outwards),
+        p,
+        torch.where(moved, away / distance, 0.0),
+        torch.where(moved, growth, 1.0).masked_fill(is_fixed, 0.0),
+    )
 
 
 class SparseSwitchableNorm(RunningNorm):
