@@ -94,7 +94,7 @@ class Plan(Mapping[str, Method]):
         >>> import torch, normsearch
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32))
         >>> dict(normsearch.plan(model, "group"))
-        {'1': Group(groups=2, weight_standardization=False)}
+        {'1': Group(groups=2, weight_standardization=False, whiten=False)}
 
     """
 
@@ -225,7 +225,7 @@ def plan(
         >>> import torch, normsearch
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32))
         >>> normsearch.plan(model, {"1": ["instance", "group"]}, inputs=torch.randn(1, 3, 3, 3))["1"]
-        Group(groups=2, weight_standardization=False)
+        Group(groups=2, weight_standardization=False, whiten=False)
 
     """
     explanation = explain(model, to, inputs=inputs, where=where, weights=weights)

@@ -652,6 +652,7 @@ def test_a_scripted_part_is_refused_by_name_and_can_be_left_out() -> None:
         "filter_response",
         "evonorm_s0",
         "group(weight_standardization=true)",
+        "rms(whiten=true)",
         "weight",
         "spectral",
         "identity",

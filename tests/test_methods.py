@@ -446,6 +446,7 @@ def test_invalid_spellings_say_what_is_wrong(spelling: str, words: str) -> None:
         "group(groups=8)",
         "group(groups=8, weight_standardization=true)",
         "layer(axes=channel)",
+        "layer(axes=channel, whiten=true)",
         "ghost(size=8)",
         "sparse_switchable(steps=100)",
         "switchable(bn_logit=5.0)",

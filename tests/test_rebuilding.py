@@ -25,6 +25,7 @@ SPELLINGS = (
     "group(groups=2)",
     "group(weight_standardization=true)",
     "layer(axes=channel)",
+    "layer(whiten=true)",
     "weight(mean_only=true)",
     "spectral(gain=fixed)",
     "switchable(bn_logit=40)",

@@ -36,6 +36,7 @@ SPELLINGS = (
     "weight(mean_only=true)",
     "spectral(gain=fixed)",
     "group(weight_standardization=true)",
+    "group(whiten=true)",
 )
 #: Methods that rewrite the layer before; some need it to be able to take BatchNorm's scale over.
 OF_WEIGHTS = ("weight", "weight(mean_only=true)", "spectral", "spectral(gain=fixed)", "identity")
@@ -47,7 +48,7 @@ ABSORBED = {"filter_response": {"ReLU"}, "evonorm_s0": {"ReLU", "SiLU", "GELU", 
 #: The one that takes longest, and variations of methods that are there already.
 SLOW_SPELLINGS = (
     *("spectral", "spectral(gain=fixed)", "weight(mean_only=true)"),
-    *("ghost", "sparse_switchable", "group(weight_standardization=true)"),
+    *("ghost", "sparse_switchable", "group(weight_standardization=true)", "group(whiten=true)"),
 )
 #: γ, β as the model starts with and the statistics of a batch; or γ, β drawn, with γ = 0 and γ < 0 in every
 #: layer, and statistics that are off from a batch's, as another data set's would be.

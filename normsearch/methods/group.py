@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from normsearch.errors import MethodError
 from normsearch.methods.base import Built, ElementGuard, Method, Refusal, TrainedNorm
-from normsearch.methods.upstream import producer_refusal
+from normsearch.methods.upstream import foldable, producer_refusal
 from normsearch.methods.weight_standardization import StandardizedWeight
+from normsearch.methods.whitening import whitened, whitening_note
 from normsearch.sites import NormSite
 
 
@@ -62,6 +63,8 @@ class Group(Method):
             By default the largest divisor of C up to 32 that leaves at least 16 channels per group.
         weight_standardization: standardize the filters of the layer that feeds the site too, the recipe of
             BiT; gain and offset per filter keep its function.
+        whiten: bring the input to mean 0 and variance 1 by the running statistics first, inside the layer
+            that feeds the site, where it is read there alone; elsewhere statistics are folded as ever.
 
     """
 
@@ -72,11 +75,16 @@ class Group(Method):
 
     groups: int | None = None
     weight_standardization: bool = False
+    whiten: bool = False
 
     @property
     def needs_producer(self) -> bool:
-        """Whether a weight is standardized."""
-        return self.weight_standardization
+        """Whether a weight is standardized or whitens."""
+        return self.weight_standardization or self.whiten
+
+    def rewrites_producer(self, site: NormSite) -> bool:
+        """Whether the weight before this site changes."""
+        return self.weight_standardization or (self.whiten and foldable(site))
 
     def validate(self) -> None:
         """Check the number of groups."""
@@ -118,6 +126,8 @@ class Group(Method):
             return ()
         groups = self._groups(site.channels)
         found = [*affine_note(site), *groups_note(site.channels, self.groups)]
+        if self.whiten:
+            found.append(whitening_note(site))
         if self.weight_standardization and site.producer is not None:
             found.append(f"standardizes the weight of {site.producer.path}")
         if self.groups is not None and groups == site.channels:
@@ -127,10 +137,11 @@ class Group(Method):
     @torch.no_grad()
     def build(self, site: NormSite, old: TrainedNorm, producer: nn.Module | None = None) -> Built:
         """Return an ``nn.GroupNorm`` with the statistics folded, and the producer standardized if asked."""
+        old, white = whitened(site, old, producer) if self.whiten else (old, None)
         layer = build_group_norm(site, old, self._groups(old.channels), str(self))
         if producer is None or not self.weight_standardization:
-            return Built(layer)
-        return Built(layer, StandardizedWeight.standardized(producer))
+            return Built(layer, white)
+        return Built(layer, StandardizedWeight.standardized(white or producer))
 
 
 def affine_note(site: NormSite) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
 from normsearch.methods.group import affine_note, build_group_norm, group_statistics
 from normsearch.methods.running import check_input, make_affine, reset_affine
+from normsearch.methods.upstream import foldable
+from normsearch.methods.whitening import whitened, whitening_note
 from normsearch.sites import NormSite
 
 
@@ -74,6 +76,7 @@ class Layer(Method):
 
     Args:
         axes: ``all`` for (C, *spatial), ``channel`` for C at each position.
+        whiten: bring the input to mean 0 and variance 1 first, as ``group`` does.
 
     """
 
@@ -83,6 +86,16 @@ class Layer(Method):
     batch_independent = True
 
     axes: Literal["all", "channel"] = "all"
+    whiten: bool = False
+
+    @property
+    def needs_producer(self) -> bool:
+        """Whether a weight whitens."""
+        return self.whiten
+
+    def rewrites_producer(self, site: NormSite) -> bool:
+        """Whether the weight before this site changes."""
+        return self.whiten and foldable(site)
 
     @property
     def exact(self) -> bool:
@@ -100,16 +113,18 @@ class Layer(Method):
 
     def notes(self, site: NormSite) -> tuple[str, ...]:
         """Say where an affine is added and where calibration is needed."""
+        found = [*affine_note(site), *([whitening_note(site)] if self.whiten else [])]
         if self.axes == "channel":
-            return (*affine_note(site), "folded as if channels were uncorrelated: calibrate")
-        return affine_note(site)
+            found.append("folded as if channels were uncorrelated: calibrate")
+        return tuple(found)
 
     @torch.no_grad()
     def build(self, site: NormSite, old: TrainedNorm, producer: nn.Module | None = None) -> Built:
         """Return an ``nn.GroupNorm`` of one group, or a ``ChannelLayerNorm``, with the statistics folded."""
+        old, white = whitened(site, old, producer) if self.whiten else (old, None)
         if self.axes == "all":
-            return Built(build_group_norm(site, old, 1, str(self)))
+            return Built(build_group_norm(site, old, 1, str(self)), white)
         layer = ChannelLayerNorm(old.channels, old.eps, affine=old.needs_affine, **old.factory)
         if old.needs_affine:
             old.fold(layer, *group_statistics(old, 1))
-        return Built(layer)
+        return Built(layer, white)

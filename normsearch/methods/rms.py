@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from normsearch.methods.base import Built, Method, TrainedNorm
 from normsearch.methods.group import affine_note
 from normsearch.methods.running import check_input, make_affine, reset_affine
+from normsearch.methods.upstream import foldable
+from normsearch.methods.whitening import whitened, whitening_note
 from normsearch.moments import normalize
 from normsearch.sites import NormSite
 
@@ -71,12 +73,28 @@ class SampleRMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Rms(Method):
-    """Divide each sample by its root mean square over channels and space; the mean is kept."""
+    """Divide each sample by its root mean square over channels and space; the mean is kept.
+
+    Args:
+        whiten: bring the input to mean 0 and variance 1 first, as ``group`` does.
+
+    """
 
     name = "rms"
     title = "Root Mean Square Normalization"
     citation = "Zhang and Sennrich, 2019, arXiv:1910.07467"
     batch_independent = True
+
+    whiten: bool = False
+
+    @property
+    def needs_producer(self) -> bool:
+        """Whether a weight whitens."""
+        return self.whiten
+
+    def rewrites_producer(self, site: NormSite) -> bool:
+        """Whether the weight before this site changes."""
+        return self.whiten and foldable(site)
 
     @property
     def exact(self) -> bool:
@@ -84,14 +102,15 @@ class Rms(Method):
         return False
 
     def notes(self, site: NormSite) -> tuple[str, ...]:
-        """Say where an affine is added."""
-        return affine_note(site)
+        """Say where an affine is added, and where the input is whitened."""
+        return (*affine_note(site), *([whitening_note(site)] if self.whiten else []))
 
     @torch.no_grad()
     def build(self, site: NormSite, old: TrainedNorm, producer: nn.Module | None = None) -> Built:
         """Return a ``SampleRMSNorm`` with σ_g² = mean(σ² + μ²) folded into γ and β."""
+        old, white = whitened(site, old, producer) if self.whiten else (old, None)
         layer = SampleRMSNorm(old.channels, old.eps, affine=old.needs_affine, **old.factory)
         if old.needs_affine:
             mean, variance = old.statistics()
             old.fold(layer, torch.zeros_like(mean), (variance + mean.square()).mean())
-        return Built(layer)
+        return Built(layer, white)
