@@ -1,8 +1,11 @@
-"""The service's command line: serve, and keys."""
+"""The service's command line: serve, worker, and keys."""
 
 from __future__ import annotations
 
 import ipaddress
+import json
+import sys
+import threading
 from datetime import UTC, datetime
 from typing import Annotated, NoReturn
 
@@ -11,7 +14,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from api import keys
 from api.confinement import forget_environment, hide
-from api.database import Database, sqlite_url
+from api.database import Database
 from api.main import create_app
 from api.observing import log_as_json
 from api.server import run
@@ -39,6 +42,28 @@ def serve(
     forget_environment("NORMSEARCH_")
     hide()
     run(create_app(settings, warm=True), host, port)
+
+
+@app.command()
+def worker(
+    beside: Annotated[
+        bool, typer.Option("--beside", hidden=True, help="Read the settings from the server that started it.")
+    ] = False,
+) -> None:
+    """Run jobs until told to stop; what is in work is finished in some seconds, or given to others."""
+    # DBOS takes a second to import.
+    from api.worker import run as work
+
+    log_as_json()
+    told = threading.Event()
+    if beside:
+        settings = Settings(**json.loads(sys.stdin.readline() or "{}"))
+        threading.Thread(target=_await_end, args=(told,), daemon=True).start()
+    else:
+        settings = _settings()
+        forget_environment("NORMSEARCH_")
+    hide()
+    work(settings, told)
 
 
 @keys_app.command()
@@ -88,8 +113,13 @@ def _settings() -> Settings:
 def _database() -> Database:
     settings = _settings()
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    url = settings.database_url
-    return Database(sqlite_url(settings.data) if url is None else url.get_secret_value())
+    return Database(settings.url())
+
+
+def _await_end(told: threading.Event) -> None:
+    """Wait until the server that started this process ends, or says that it will."""
+    sys.stdin.read()
+    told.set()
 
 
 def _is_loopback(host: str) -> bool:

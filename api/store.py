@@ -23,7 +23,7 @@ from typing import Self
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from api.database import ARTIFACTS, BLOBS, DATASETS, MODELS, UPLOADS, Database, undoing
+from api.database import ARTIFACTS, BLOBS, DATASETS, JOBS, MODELS, UPLOADS, Database, undoing
 from api.problems import ProblemError
 
 #: The free space is looked at again after so many bytes.
@@ -188,7 +188,7 @@ def used_bytes(connection: sa.Connection, owner: str) -> int:
     """Return what a key has stored, every copy counted: what others have costs the same."""
     sums = [
         sa.select(sa.func.coalesce(sa.func.sum(table.c.size), 0)).where(table.c.owner == owner)
-        for table in (UPLOADS, MODELS, DATASETS, ARTIFACTS)
+        for table in (UPLOADS, MODELS, DATASETS, ARTIFACTS, JOBS)
     ]
     return sum(int(connection.scalar(one) or 0) for one in sums)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import sqlalchemy as sa
 from fastapi import APIRouter, Response
 
@@ -33,10 +35,11 @@ async def post(
     def prepare() -> Commit:
         with service.database.read() as connection:
             upload = fetch(connection, UPLOADS, asking, body.upload)
-        told = Describing(file=plain(upload.name))
+        told = Describing(file=plain(upload.name), targets=body.targets)
         path = service.store.path(upload.sha256)
         with service.sandbox.run("describe", told, Described, {told.file: path}) as finished:
-            document = finished.result.model_dump_json()
+            asked = body.model_dump(mode="json", include={"targets", "preparation"})
+            document = json.dumps({"asked": asked, "found": finished.result.model_dump(mode="json")})
 
         def commit(connection: sa.Connection) -> Outcome:
             fetch(connection, UPLOADS, asking, upload.id)

@@ -37,7 +37,7 @@ async def post(
     def prepare() -> Commit:
         with service.database.read() as connection:
             upload = fetch(connection, UPLOADS, asking, body.upload)
-        told = source(service, upload.name, body.architecture, body.arguments, body.entry)
+        told = source(service.settings, upload.name, body.architecture, body.arguments, body.entry)
         path = service.store.path(upload.sha256)
         with service.sandbox.run("inspect", told, Inspected, {told.file: path}) as finished:
             found = finished.result

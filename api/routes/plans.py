@@ -7,8 +7,8 @@ import json
 from fastapi import APIRouter
 
 from api.children import in_turn
-from api.conversions import source_of
-from api.database import MODELS, UPLOADS
+from api.conversions import data_in, source_of
+from api.database import DATASETS, MODELS, UPLOADS
 from api.idempotency import IdempotencyKey, fingerprint, same_request
 from api.owned import fetch
 from api.parts import Asking, Service
@@ -32,9 +32,15 @@ async def post(
         with service.database.read() as connection:
             model = fetch(connection, MODELS, asking, body.model)
             upload = fetch(connection, UPLOADS, asking, model.upload)
-        told = Explaining(source=source_of(service, model, upload), to=body.to, input_shape=body.input_shape)
-        path = service.store.path(upload.sha256)
-        with service.sandbox.run("explain", told, Explained, {told.source.file: path}) as finished:
+            dataset = None if body.dataset is None else fetch(connection, DATASETS, asking, body.dataset)
+            inputs = None if dataset is None else fetch(connection, UPLOADS, asking, dataset.upload)
+        told = source_of(service, model, upload)
+        files, data = {told.file: service.store.path(upload.sha256)}, None
+        if dataset is not None and inputs is not None:
+            data = data_in(dataset, inputs, batch_size=2, samples=2)
+            files[data.file] = service.store.path(inputs.sha256)
+        wanted = Explaining(source=told, to=body.to, input_shape=body.input_shape, data=data)
+        with service.sandbox.run("explain", wanted, Explained, files) as finished:
             return finished.result
 
     found = await in_turn(service, work)

@@ -1,0 +1,190 @@
+"""What each kind of job does: its child, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from pydantic import BaseModel
+
+from api.children import plain, source
+from api.conversions import Received, data_in, keep_artifacts, keep_model, receive, source_of
+from api.database import ARTIFACTS, DATASETS, JOBS, MODELS, UPLOADS
+from api.job_schemas import CalibrationRequest, ConversionRequest, ConvertJob, SensitivityRequest
+from api.owned import fetch
+from api.runs import Run
+from api.tasks import (
+    Calibrated,
+    Calibrating,
+    Converted,
+    Converting,
+    Data,
+    Sensed,
+    Sensing,
+    Source,
+)
+
+R = TypeVar("R", Converted, Calibrated, Sensed)
+
+
+def convert(run: Run) -> None:
+    """Do what POST /v1/convert asks: the model is made together with what was made from it."""
+    request = ConvertJob.model_validate_json(run.job.request)
+    form, upload = request.form, row_of(run, UPLOADS, request.upload)
+    told = source(run.tools.settings, upload.name, form.architecture, form.arguments, form.entry)
+    asked = Converting(
+        source=told,
+        to=form.to,
+        plan=form.plan,
+        keep=form.keep,
+        input_shape=form.input_shape,
+        stem=stem(upload.name),
+    )
+    named = form.model_dump(include={"architecture", "arguments", "entry"})
+
+    def keep(connection: sa.Connection, made: Converted, received: list[Received]) -> dict[str, Any]:
+        there = fetch(connection, UPLOADS, run.owner, upload.id)
+        model = keep_model(connection, run.tools, run.owner, there, named, made.model)
+        connection.execute(sa.update(JOBS).where(JOBS.c.id == run.job.id).values(model=model.id))
+        return _kept(connection, run, model.id, made, received)
+
+    _make(run, "convert", asked, Converted, {told.file: path_of(run, upload)}, keep)
+
+
+def conversion(run: Run) -> None:
+    """Convert a model."""
+    request = ConversionRequest.model_validate_json(run.job.request)
+    files, told, name = model_of(run, request.model)
+    asked = Converting(
+        source=told,
+        to=request.to,
+        plan=None if request.plan is None else json.dumps(request.plan),
+        keep=request.keep,
+        input_shape=request.input_shape,
+        data=data_of(run, files, request.dataset, request.batch_size, request.samples),
+        stem=stem(name),
+    )
+    _make(run, "convert", asked, Converted, files, _keeping(run, request.model))
+
+
+def calibration(run: Run) -> None:
+    """Calibrate what was converted."""
+    request = CalibrationRequest.model_validate_json(run.job.request)
+    weights = row_of(run, ARTIFACTS, request.weights)
+    files, told, name = model_of(run, weights.model)
+    files["weights.safetensors"] = run.tools.store.path(weights.sha256)
+    data = data_of(run, files, request.dataset, request.batch_size, request.samples)
+    assert data is not None
+    asked = Calibrating(
+        source=told,
+        converted="weights.safetensors",
+        data=data,
+        budget=request.budget,
+        parameters=request.parameters,
+        seed=request.seed,
+        stem=stem(name),
+    )
+    _make(run, "calibrate", asked, Calibrated, files, _keeping(run, weights.model))
+
+
+def sensitivity(run: Run) -> None:
+    """Measure how far the output moves when one site changes."""
+    request = SensitivityRequest.model_validate_json(run.job.request)
+    files, told, name = model_of(run, request.model)
+    asked = Sensing(
+        source=told,
+        methods=tuple(request.methods or ()),
+        sites=None if request.sites is None else tuple(request.sites),
+        threshold=request.threshold,
+        input_shape=request.input_shape,
+        data=data_of(run, files, request.dataset, request.batch_size, request.samples),
+        stem=stem(name),
+    )
+    _make(run, "sensitivity", asked, Sensed, files, _keeping(run, request.model))
+
+
+#: By kind: what is done, and what a part of it does that any worker may take.
+KINDS: dict[str, Callable[[Run], None]] = {
+    "convert": convert,
+    "conversion": conversion,
+    "calibration": calibration,
+    "sensitivity": sensitivity,
+}
+PARTS: dict[str, Callable[[Run], None]] = {}
+
+
+def _make(
+    run: Run,
+    task: str,
+    asked: BaseModel,
+    result: type[R],
+    files: Mapping[str, Path],
+    keep: Callable[[sa.Connection, R, list[Received]], dict[str, Any]],
+) -> None:
+    """Have a child make files, and publish them."""
+    with run.child(task, asked, result, files) as finished, ExitStack() as stack:
+        made = finished.result
+        received = receive(run.tools, run.owner, finished, made.files, stack)
+        run.publish(lambda connection: keep(connection, made, received))
+
+
+def _keeping(run: Run, model: str) -> Callable[[sa.Connection, R, list[Received]], dict[str, Any]]:
+    return lambda connection, made, received: _kept(connection, run, model, made, received)
+
+
+def _kept(
+    connection: sa.Connection, run: Run, model: str, made: R, received: list[Received]
+) -> dict[str, Any]:
+    rows = keep_artifacts(connection, run.tools, run.owner, model, run.job.id, received)
+    told = made.model_dump(mode="json", exclude={"files", "model"})
+    return {"artifacts": [row.id for row in rows], **told}
+
+
+def row_of(run: Run, table: sa.Table, identifier: str) -> sa.Row[Any]:
+    """Return something of the job's owner.
+
+    Raises:
+        ProblemError: 404.
+
+    """
+
+    def read() -> sa.Row[Any]:
+        with run.tools.database.read() as connection:
+            return fetch(connection, table, run.owner, identifier)
+
+    return run.lasting(read)
+
+
+def path_of(run: Run, row: sa.Row[Any]) -> Path:
+    """Return the file of an upload or an artifact."""
+    return run.tools.store.path(row.sha256)
+
+
+def model_of(run: Run, identifier: str) -> tuple[dict[str, Path], Source, str]:
+    """Return a model's file by the name that a child gets it by, what a child is told, and its own name."""
+    model = row_of(run, MODELS, identifier)
+    upload = row_of(run, UPLOADS, model.upload)
+    told = source_of(run.tools, model, upload)
+    return {told.file: path_of(run, upload)}, told, upload.name
+
+
+def data_of(
+    run: Run, files: dict[str, Path], identifier: str | None, batch_size: int, samples: int | None
+) -> Data | None:
+    """Return a dataset as a child is told of it, and add its file to the child's."""
+    if identifier is None:
+        return None
+    dataset = row_of(run, DATASETS, identifier)
+    upload = row_of(run, UPLOADS, dataset.upload)
+    data = data_in(dataset, upload, batch_size=batch_size, samples=samples)
+    files[data.file] = path_of(run, upload)
+    return data
+
+
+def stem(name: str) -> str:
+    """Return what the files of a job begin with."""
+    return plain(name).rpartition(".")[0] or plain(name)
