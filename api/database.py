@@ -114,6 +114,19 @@ EVENTS = sa.Table(
     sa.Column("kind", sa.String(20), nullable=False),
     sa.Column("document", sa.Text, nullable=False),
 )
+#: What the parts of a job are, for those that any worker may take: who has which, and what it came to.
+PARTS = sa.Table(
+    "job_parts",
+    METADATA,
+    sa.Column("job", sa.String(40), sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("stage", sa.String(20), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("asked", sa.Text, nullable=False),
+    # A workflow of the queue, which one process at a time runs.
+    sa.Column("holder", sa.String(80)),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("result", sa.Text),
+)
 #: Processes that run jobs, and until when each counts as alive; times are the database's own.
 LEASES = sa.Table(
     "leases",

@@ -23,6 +23,7 @@ from api.schemas import (
     moment,
     one_of_inputs,
 )
+from api.search_tasks import Constraints, Cost, Recipe
 from api.tasks import Keep, Text
 
 _JOB_ID = "job_019e2f0c5b1a0123456789abcdef01234567"
@@ -112,6 +113,43 @@ class SensitivityRequest(Request):
         if self.input_shape is None and self.dataset is None:
             raise ValueError("give dataset, or input_shape for random numbers")
         return one_of_inputs(self)
+
+
+class SearchRequest(Request):
+    """Ask for the plan that suits a model best, trained: a few plans are, on a dataset with labels."""
+
+    model: ModelId
+    dataset: DatasetId
+    methods: list[MethodName] | None = Field(
+        None,
+        min_length=1,
+        max_length=32,
+        description="to choose from, the preferred first; by default seven",
+        examples=[["batch", "group", "instance"]],
+    )
+    sites: list[Pattern] | None = Field(
+        None, min_length=1, max_length=1000, description="patterns of site paths to search; by default all"
+    )
+    trials: int = Field(40, ge=2, le=5000, description="plans that are tried; the operator sets the most")
+    recipe: Recipe = Field(default_factory=Recipe)
+    samples: int = Field(
+        10_000,
+        ge=10,
+        le=1_000_000,
+        description="the most samples of the dataset; 60 % train, 20 % score, 20 % confirm",
+    )
+    constraints: Constraints = Field(default_factory=Constraints)
+    costs: list[Cost] = Field(default_factory=list, max_length=2, description="minimised beside the accuracy")
+    veto: float | None = Field(
+        0.75,
+        gt=0,
+        le=1e6,
+        description="a single change that moves the output this far is not tried; null for none",
+    )
+    sense: bool = Field(True, description="ask a network that trains all methods at once first")
+    confirm: int = Field(3, ge=0, le=20, description="fresh seeds that the best plans are run again with")
+    top: int = Field(3, ge=1, le=10, description="how many mixes are confirmed")
+    seed: Seed = 0
 
 
 class Progress(BaseModel):

@@ -119,6 +119,12 @@ def start(connection: sa.Connection, queue: Queue, claim: Claim, job: str) -> sa
     return row
 
 
+def holds(connection: sa.Connection, queue: Queue, claim: Claim, job: str) -> bool:
+    """Lock a job's row, and tell whether a claim on it holds."""
+    held = sa.select(JOBS.c.id).where(JOBS.c.id == job, JOBS.c.state == "running", queue.is_held(claim))
+    return connection.scalar(held.with_for_update(of=JOBS)) is not None
+
+
 def uncount(connection: sa.Connection, job: str) -> None:
     """Take back an attempt that ended for no fault of the job's."""
     waiting = sa.update(JOBS).where(JOBS.c.id == job, JOBS.c.state == "running", JOBS.c.attempts > 0)

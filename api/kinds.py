@@ -11,21 +11,21 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from pydantic import BaseModel
 
-from api.children import plain, source
-from api.conversions import Received, data_in, keep_artifacts, keep_model, receive, source_of
-from api.database import ARTIFACTS, DATASETS, JOBS, MODELS, UPLOADS
+from api.children import source
+from api.conversions import Received, keep_artifacts, keep_model, receive
+from api.database import ARTIFACTS, JOBS, UPLOADS
+from api.inputs import data_of, model_of, path_of, row_of, stem
 from api.job_schemas import CalibrationRequest, ConversionRequest, ConvertJob, SensitivityRequest
 from api.owned import fetch
 from api.runs import Run
+from api.searches import explore, search
 from api.tasks import (
     Calibrated,
     Calibrating,
     Converted,
     Converting,
-    Data,
     Sensed,
     Sensing,
-    Source,
 )
 
 R = TypeVar("R", Converted, Calibrated, Sensed)
@@ -113,8 +113,9 @@ KINDS: dict[str, Callable[[Run], None]] = {
     "conversion": conversion,
     "calibration": calibration,
     "sensitivity": sensitivity,
+    "search": search,
 }
-PARTS: dict[str, Callable[[Run], None]] = {}
+PARTS: dict[str, Callable[[Run], None]] = {"search": explore}
 
 
 def _make(
@@ -142,49 +143,3 @@ def _kept(
     rows = keep_artifacts(connection, run.tools, run.owner, model, run.job.id, received)
     told = made.model_dump(mode="json", exclude={"files", "model"})
     return {"artifacts": [row.id for row in rows], **told}
-
-
-def row_of(run: Run, table: sa.Table, identifier: str) -> sa.Row[Any]:
-    """Return something of the job's owner.
-
-    Raises:
-        ProblemError: 404.
-
-    """
-
-    def read() -> sa.Row[Any]:
-        with run.tools.database.read() as connection:
-            return fetch(connection, table, run.owner, identifier)
-
-    return run.lasting(read)
-
-
-def path_of(run: Run, row: sa.Row[Any]) -> Path:
-    """Return the file of an upload or an artifact."""
-    return run.tools.store.path(row.sha256)
-
-
-def model_of(run: Run, identifier: str) -> tuple[dict[str, Path], Source, str]:
-    """Return a model's file by the name that a child gets it by, what a child is told, and its own name."""
-    model = row_of(run, MODELS, identifier)
-    upload = row_of(run, UPLOADS, model.upload)
-    told = source_of(run.tools, model, upload)
-    return {told.file: path_of(run, upload)}, told, upload.name
-
-
-def data_of(
-    run: Run, files: dict[str, Path], identifier: str | None, batch_size: int, samples: int | None
-) -> Data | None:
-    """Return a dataset as a child is told of it, and add its file to the child's."""
-    if identifier is None:
-        return None
-    dataset = row_of(run, DATASETS, identifier)
-    upload = row_of(run, UPLOADS, dataset.upload)
-    data = data_in(dataset, upload, batch_size=batch_size, samples=samples)
-    files[data.file] = path_of(run, upload)
-    return data
-
-
-def stem(name: str) -> str:
-    """Return what the files of a job begin with."""
-    return plain(name).rpartition(".")[0] or plain(name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from dbos import DBOS, DBOSClient, EnqueueOptions, Serializer
+from dbos import DBOS, DBOSClient, EnqueueOptions, Serializer, error
 
 #: Queued jobs outlive releases of the service: the version that DBOS computes by itself would strand them.
 APPLICATION, VERSION, SCHEMA = "normsearch", "1", "dbos"
@@ -23,6 +23,12 @@ JOB_QUEUE, PART_QUEUE = "jobs", "parts"
 #: A workflow that somebody runs.
 PENDING = "PENDING"
 _ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+
+_EXPECTED = (
+    error.DBOSWorkflowCancelledError,
+    error.DBOSAwaitedWorkflowCancelledError,
+    error.DBOSWorkflowConflictIDError,
+)
 
 
 class JsonSerializer(Serializer):
@@ -150,3 +156,11 @@ def quiet() -> None:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.WARNING)
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Leave out that a job which was cancelled, or is another worker's by now, was not recorded as done."""
+    cause = record.exc_info[1] if record.exc_info else None
+    return not isinstance(cause, _EXPECTED) and "no longer owned" not in record.getMessage()

@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from api.database import ARTIFACTS, BLOBS, DATASETS, EVENTS, JOBS, LEASES, MODELS, UPLOADS, now_ms
+from api.database import ARTIFACTS, BLOBS, DATASETS, EVENTS, JOBS, LEASES, MODELS, PARTS, UPLOADS, now_ms
 from api.leasing import clock
 from api.observing import LOG
 from api.store import Content
@@ -71,7 +71,8 @@ class Cleaner:
         with self._tools.database.write() as connection:
             old = sa.select(JOBS.c.id).where(JOBS.c.finished_ms < before).limit(_MOST)
             found = list(connection.scalars(old))
-            connection.execute(sa.delete(EVENTS).where(EVENTS.c.job.in_(found)))
+            for table in (EVENTS, PARTS):
+                connection.execute(sa.delete(table).where(table.c.job.in_(found)))
             connection.execute(sa.delete(JOBS).where(JOBS.c.id.in_(found)))
         if found:
             self._tools.queue.forget(found)

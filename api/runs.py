@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel
 
 from api import jobs
-from api.database import JOBS, KEYS
+from api.database import KEYS
 from api.jobs import Publish
 from api.keys import EVERYONE, Owner
 from api.messages import Progressed
@@ -145,10 +145,7 @@ class Run:
             # The key's quota, as it is now.
             quota = connection.scalar(sa.select(KEYS.c.quota_bytes).where(KEYS.c.id == self.job.owner))
             self.owner = EVERYONE if self.job.owner == EVERYONE.id else Owner(self.job.owner, quota)
-            held = sa.select(JOBS.c.id).where(
-                JOBS.c.id == self.job.id, JOBS.c.state == "running", self.tools.queue.is_held(self.claim)
-            )
-            if connection.scalar(held.with_for_update(of=JOBS)) is None:
+            if not jobs.holds(connection, self.tools.queue, self.claim, self.job.id):
                 raise GivenUpError
             result = commit(connection)
             condition = self.tools.queue.is_held(self.claim)

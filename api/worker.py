@@ -204,7 +204,7 @@ class Worker:
                     run.cancelled.set()
 
     def _lost(self) -> None:
-        """End at once: others run what this process held. Its children die with the process that forks them."""
+        """End at once: others run what this process held. Its children die with it."""
         fields = {"executor": self._lease.executor}
         LOG.error("this worker was taken for dead, and ends", extra={"fields": fields})
         sys.stderr.flush()

@@ -14,9 +14,10 @@ import torch
 from pydantic import BaseModel
 
 import normsearch
-from api.engine import converting, data
+from api.engine import converting, data, searching
 from api.engine.sources import Report, inspected, loaded, said
 from api.messages import Failed, Refused
+from api.search_tasks import Concluding, Confirming, Listing, Searching, Trying
 from api.tasks import (
     Calibrating,
     Catalogue,
@@ -102,6 +103,11 @@ _TASKS: dict[str, tuple[Any, Callable[[Any, Path, Report], BaseModel]]] = {
     "convert": (Converting, converting.convert),
     "calibrate": (Calibrating, converting.calibrate),
     "sensitivity": (Sensing, converting.sensitivity),
+    "search": (Searching, searching.prepare),
+    "trial": (Trying, searching.run_trial),
+    "pairs": (Listing, searching.pairs),
+    "confirm": (Confirming, searching.confirm),
+    "conclude": (Concluding, searching.conclude),
     "describe": (Describing, lambda asked, folder, _: data.describe(asked, folder)),
     "catalogue": (None, _catalogue),
 }

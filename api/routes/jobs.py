@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 
 from api import jobs
 from api.answering import CREATED, answered
-from api.database import EVENTS, JOBS
+from api.database import EVENTS, JOBS, PARTS
 from api.idempotency import Commit, IdempotencyKey, Outcome, fingerprint, once
 from api.job_schemas import Job
 from api.keys import Owner
@@ -163,7 +163,8 @@ def delete(service: Service, asking: Asking, identifier: Identifier) -> Response
         row = fetch(connection, JOBS, asking, identifier)
         if row.state in jobs.UNFINISHED:
             raise ProblemError(409, "conflict", f"job {identifier} is {row.state}; cancel it first")
-        connection.execute(sa.delete(EVENTS).where(EVENTS.c.job == identifier))
+        for table in (EVENTS, PARTS):
+            connection.execute(sa.delete(table).where(table.c.job == identifier))
         remove(connection, JOBS, asking, identifier)
     service.queue.forget([identifier])
     return Response(status_code=204)

@@ -14,7 +14,7 @@ from api import jobs
 from api.answering import CREATED, answered
 from api.database import ARTIFACTS, DATASETS, MODELS, UPLOADS
 from api.idempotency import IdempotencyKey, Outcome, fingerprint, once
-from api.job_schemas import CalibrationRequest, ConversionRequest, Job, SensitivityRequest
+from api.job_schemas import CalibrationRequest, ConversionRequest, Job, SearchRequest, SensitivityRequest
 from api.keys import Owner
 from api.owned import fetch
 from api.parts import Asking, Parts, Service
@@ -108,6 +108,26 @@ async def sense(
         asking,
         idempotency_key,
         "sensitivity",
+        body,
+        lambda connection: _model(connection, asking, body.model, body.dataset),
+    )
+
+
+@router.post(
+    "/searches", summary="Search the best plan", status_code=202, response_model=Job, responses=_ACCEPTED
+)
+async def search(
+    body: SearchRequest, service: Service, asking: Asking, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Train a few dozen plans shortly, confirm the best on data that no trial saw, return it trained."""
+    most = service.settings.search_trials
+    if body.trials > most:
+        raise ProblemError(422, "invalid-request", f"trials: at most {most} here; the operator sets the most")
+    return await submitted(
+        service,
+        asking,
+        idempotency_key,
+        "search",
         body,
         lambda connection: _model(connection, asking, body.model, body.dataset),
     )

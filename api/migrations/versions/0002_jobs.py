@@ -47,6 +47,18 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job", "number", name=op.f("pk_job_events")),
     )
     op.create_table(
+        "job_parts",
+        sa.Column("job", sa.String(length=40), nullable=False),
+        sa.Column("stage", sa.String(length=20), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("asked", sa.Text(), nullable=False),
+        sa.Column("holder", sa.String(length=80), nullable=True),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("result", sa.Text(), nullable=True),
+        sa.ForeignKeyConstraint(["job"], ["jobs.id"], name=op.f("fk_job_parts_job"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("job", "stage", "number", name=op.f("pk_job_parts")),
+    )
+    op.create_table(
         "leases",
         sa.Column("executor", sa.String(length=100), nullable=False),
         sa.Column("expires", sa.Double(), nullable=False),
