@@ -8,9 +8,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from api import jobs
 from api.database import ARTIFACTS, BLOBS, DATASETS, EVENTS, JOBS, LEASES, MODELS, PARTS, UPLOADS, now_ms
 from api.leasing import clock
 from api.observing import LOG
+from api.problems import ProblemError
+from api.searches import studies_of, workflows_of
 from api.store import Content
 from api.tools import Tools
 
@@ -43,9 +46,6 @@ class Cleaner:
 
     def close_orphans(self) -> None:
         """End the jobs whose workflow has ended without them, which only a fault can bring about."""
-        from api import jobs
-        from api.problems import ProblemError
-
         ended = self._tools.queue.has_ended(JOBS.c.id)
         with self._tools.database.read() as connection:
             query = sa.select(JOBS.c.id).where(JOBS.c.state.in_(jobs.UNFINISHED), ended).limit(_MOST)
@@ -63,6 +63,7 @@ class Cleaner:
         self._artifacts(now - int(settings.keep_artifacts_days * _DAY_MS))
         self._unused(now - int(settings.keep_uploads_days * _DAY_MS))
         self._contents()
+        self._studies()
         with self._tools.database.write() as connection:
             old = sa.delete(LEASES).where(LEASES.c.dead == 1, LEASES.c.expires < clock(connection) - 86_400)
             connection.execute(old)
@@ -74,8 +75,9 @@ class Cleaner:
             for table in (EVENTS, PARTS):
                 connection.execute(sa.delete(table).where(table.c.job.in_(found)))
             connection.execute(sa.delete(JOBS).where(JOBS.c.id.in_(found)))
-        if found:
-            self._tools.queue.forget(found)
+        gone = [one for job in found for one in workflows_of(job, self._tools.settings)]
+        if gone:
+            self._tools.queue.forget(gone)
 
     def _artifacts(self, before: int) -> None:
         with self._tools.database.write() as connection:
@@ -108,6 +110,15 @@ class Cleaner:
             query = sa.select(BLOBS).where(~sa.or_(*used)).limit(_MOST)
             gone = connection.execute(query).all()
         self._forget(gone)
+
+    def _studies(self) -> None:
+        """Remove the studies whose job is gone."""
+        with self._tools.database.read() as connection:
+            there = set(connection.scalars(sa.select(JOBS.c.id).where(JOBS.c.kind == "search")))
+        studies = studies_of(self._tools.settings)
+        for name in studies.names():
+            if name not in there:
+                studies.forget(name)
 
     @staticmethod
     def _removed(

@@ -42,6 +42,7 @@ from api.search_tasks import (
     Tried,
     Trying,
 )
+from api.settings import Settings
 
 if TYPE_CHECKING:
     from api.studies import Studies
@@ -99,7 +100,7 @@ def explore(run: Run) -> None:
     """Take parts of a search, one after the other, until none is left."""
     asked, files = _asked(run)
     stage = run.claim.workflow.split("-")[1]
-    work = {"trial": _try, "confirm": _confirm}[stage]
+    work = _STAGES[stage]
     while (part := run.lasting(lambda: _take(run, stage))) is not None:
         if part.attempts > _ATTEMPTS:
             result = _give_up(run, part)
@@ -252,6 +253,10 @@ def _confirm(run: Run, part: sa.Row[Any], asked: Searching, files: dict[str, Pat
     return found.model_dump_json()
 
 
+#: What is done of a search in parts, in order.
+_STAGES = {"trial": _try, "confirm": _confirm}
+
+
 def _give_up(run: Run, part: sa.Row[Any]) -> str:
     text = f"{_ATTEMPTS} processes died of it (killed, out of memory?)"
     return _failed(run, part, ProblemError(422, "failed", f"{part.stage} {part.number}: {text}"))
@@ -300,11 +305,22 @@ _lock = threading.Lock()
 _opened: list[Studies] = []
 
 
-def _studies(run: Run) -> Studies:
+def studies_of(settings: Settings) -> Studies:
     """Return the studies, opened when the first search needs them."""
     with _lock:
         if not _opened:
+            # Optuna takes a while to import.
             from api.studies import Studies
 
-            _opened.append(Studies(run.tools.settings))
+            _opened.append(Studies(settings))
         return _opened[0]
+
+
+def _studies(run: Run) -> Studies:
+    return studies_of(run.tools.settings)
+
+
+def workflows_of(job: str, settings: Settings) -> list[str]:
+    """Return the workflows that a search may have had, its own included."""
+    stages = (f"{job}-{stage}-{number}" for stage in _STAGES for number in range(settings.search_parts))
+    return [job, *stages]

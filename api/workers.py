@@ -31,7 +31,7 @@ class Workers:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._ending, self._closed = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -46,8 +46,12 @@ class Workers:
                 thread.start()
 
     def is_closing(self) -> bool:
-        """Tell whether the service is about to end."""
-        return self._closed.is_set()
+        """Tell whether the service is about to end: what clients wait for is then cut short."""
+        return self._ending.is_set() or self._closed.is_set()
+
+    def announce_end(self) -> None:
+        """Say that the service is about to end."""
+        self._ending.set()
 
     def close(self) -> None:
         """Have every worker give back what it has, and wait until it has ended."""

@@ -16,7 +16,7 @@ from api import jobs
 from api.answering import CREATED, answered
 from api.children import source
 from api.database import ARTIFACTS
-from api.idempotency import IdempotencyKey, Outcome, fingerprint, once
+from api.idempotency import IdempotencyKey, Outcome, at_once, fingerprint
 from api.job_schemas import ConvertJob, Job
 from api.keys import Owner
 from api.owned import fetch
@@ -87,9 +87,7 @@ async def post(
             return Outcome(202, Job.of(row).model_dump(mode="json"), f"/v1/jobs/{row.id}")
 
         same = fingerprint("convert", name, content.sha256, form.model_dump(mode="json"))
-        outcome = await run_sync(
-            lambda: once(service.database, asking, idempotency_key, same, lambda: commit)
-        )
+        outcome = await run_sync(lambda: at_once(service.database, asking, idempotency_key, same, commit))
     service.workers.start()
     job = await _ended(service, asking, outcome.document["id"])
     if job.problem is not None:

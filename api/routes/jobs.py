@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from api import jobs
 from api.answering import CREATED, answered
 from api.database import EVENTS, JOBS, PARTS
-from api.idempotency import Commit, IdempotencyKey, Outcome, fingerprint, once
+from api.idempotency import IdempotencyKey, Outcome, at_once, fingerprint
 from api.job_schemas import Job
 from api.keys import Owner
 from api.observing import LOG
@@ -138,17 +138,15 @@ async def cancel(
 ) -> Response:
     """End a job that has not ended; its child is dead within two seconds, and nothing of it is kept."""
 
-    def prepare() -> Commit:
-        def commit(connection: sa.Connection) -> Outcome:
-            row = fetch(connection, JOBS, asking, identifier)
-            if not jobs.finish(connection, service.store, sa.true(), row.id, "cancelled"):
-                raise ProblemError(409, "conflict", f"job {identifier} is {row.state} already")
-            return Outcome(200, job_of(connection, asking, identifier).model_dump(mode="json"))
-
-        return commit
+    def commit(connection: sa.Connection) -> Outcome:
+        row = fetch(connection, JOBS, asking, identifier)
+        if not jobs.finish(connection, service.store, sa.true(), row.id, "cancelled"):
+            raise ProblemError(409, "conflict", f"job {identifier} is {row.state} already")
+        return Outcome(200, job_of(connection, asking, identifier).model_dump(mode="json"))
 
     def work() -> Outcome:
-        outcome = once(service.database, asking, idempotency_key, fingerprint("cancel", identifier), prepare)
+        same = fingerprint("cancel", identifier)
+        outcome = at_once(service.database, asking, idempotency_key, same, commit)
         # Should this be lost, the worker that takes the job finds that it is cancelled.
         service.queue.cancel([identifier])
         return outcome

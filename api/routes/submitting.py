@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from api import jobs
 from api.answering import CREATED, answered
 from api.database import ARTIFACTS, DATASETS, MODELS, UPLOADS
-from api.idempotency import IdempotencyKey, Outcome, fingerprint, once
+from api.idempotency import IdempotencyKey, Outcome, at_once, fingerprint
 from api.job_schemas import CalibrationRequest, ConversionRequest, Job, SearchRequest, SensitivityRequest
 from api.keys import Owner
 from api.owned import fetch
@@ -41,7 +41,7 @@ async def submitted(
         return Outcome(202, Job.of(row).model_dump(mode="json"), f"/v1/jobs/{row.id}")
 
     same = fingerprint(kind, body.model_dump(mode="json"))
-    outcome = await run_sync(lambda: once(service.database, asking, key, same, lambda: commit))
+    outcome = await run_sync(lambda: at_once(service.database, asking, key, same, commit))
     service.workers.start()
     return answered(outcome)
 
