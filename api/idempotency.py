@@ -100,7 +100,7 @@ def once(
 
 
 def at_once(database: Database, owner: Owner, key: str | None, request: str, commit: Commit) -> Outcome:
-    """Do a POST whose work is nothing but writing to the database, or return what it was answered with before.
+    """Do a POST that only writes to the database, or return what it was answered with before.
 
     It is one transaction: a process that dies leaves nothing in work, and the same request does it.
 
