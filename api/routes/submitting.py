@@ -121,6 +121,8 @@ async def search(
 ) -> Response:
     """Train a few dozen plans shortly, confirm the best on data that no trial saw, return it trained."""
     most = service.settings.search_trials
+    if "trials" not in body.model_fields_set:
+        body = body.model_copy(update={"trials": min(body.trials, most)})
     if body.trials > most:
         raise ProblemError(422, "invalid-request", f"trials: at most {most} here; the operator sets the most")
     return await submitted(

@@ -101,7 +101,7 @@ class Processes:
                 raise RuntimeError(f"{method} {path} is not answered")
             time.sleep(0.2)
 
-    def rows(self, statement: str, **given: Any) -> list[sa.Row[Any]]:
+    def rows(self, statement: str, **given: Any) -> list[Any]:
         """Ask the database directly."""
         deadline = time.monotonic() + 60
         while True:
