@@ -19,7 +19,10 @@ from api.main import create_app
 from api.observing import log_as_json
 from api.server import run
 from api.settings import Settings
+from api.tools import await_database
 
+#: Seconds for a database to answer that starts together with this process.
+_PATIENCE = 60.0
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 keys_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 app.add_typer(keys_app, name="keys")
@@ -38,6 +41,7 @@ def serve(
             "leave out --host, or make keys with `python -m api keys create` and unset NORMSEARCH_OPEN"
         )
     log_as_json()
+    _await_database(settings)
     # Neither passwords in URLs nor tokens stay where another process could look.
     forget_environment("NORMSEARCH_")
     hide()
@@ -63,6 +67,7 @@ def worker(
         settings = _settings()
         forget_environment("NORMSEARCH_")
     hide()
+    _await_database(settings)
     work(settings, told)
 
 
@@ -114,6 +119,12 @@ def _database() -> Database:
     settings = _settings()
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     return Database(settings.url())
+
+
+def _await_database(settings: Settings) -> None:
+    reason = await_database(settings, _PATIENCE)
+    if reason is not None:
+        _fail(f"{reason}; see NORMSEARCH_DATABASE_URL")
 
 
 def _await_end(told: threading.Event) -> None:

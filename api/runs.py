@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel
 
 from api import jobs
-from api.database import KEYS
+from api.database import KEYS, PARTS
 from api.jobs import Publish
 from api.keys import EVERYONE, Owner
 from api.messages import Progressed
@@ -153,6 +153,18 @@ class Run:
                 connection, self.tools.store, condition, self.job.id, "succeeded", result=result
             ):
                 raise GivenUpError
+
+    def uncount(self, connection: sa.Connection) -> None:
+        """Take back an attempt that ended for no fault of the job's."""
+        if self.claim.workflow == self.job.id:
+            jobs.uncount(connection, self.job.id)
+        else:
+            mine = (
+                PARTS.c.job == self.job.id,
+                PARTS.c.holder == self.claim.workflow,
+                PARTS.c.result.is_(None),
+            )
+            connection.execute(sa.update(PARTS).where(*mine).values(attempts=PARTS.c.attempts - 1))
 
     def fail(self, problem: ProblemError) -> None:
         """End the job with a problem, if it is still this run's."""

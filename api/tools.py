@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import sqlalchemy as sa
+
 from api.database import Database
-from api.observing import Metrics
+from api.observing import LOG, Metrics
 from api.queueing import Queue, migrate
 from api.sandbox import Sandbox
 from api.settings import Settings
@@ -34,6 +37,23 @@ class Tools:
     store: Store
     sandbox: Sandbox
     metrics: Metrics
+
+
+def await_database(settings: Settings, seconds: float) -> str | None:
+    """Wait until the database answers; after some seconds return why it does not, without secrets."""
+    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            Database(settings.url()).close()
+            return None
+        except sa.exc.SQLAlchemyError as error:
+            shown = sa.make_url(settings.url()).render_as_string(hide_password=True).partition("?")[0]
+            cause = str(getattr(error, "orig", error)).strip().splitlines()
+            if not isinstance(error, sa.exc.OperationalError) or time.monotonic() > deadline:
+                return f"the database {shown} does not answer: {cause[0] if cause else type(error).__name__}"
+        LOG.warning("the database does not answer yet", extra={"fields": {"database": shown}})
+        time.sleep(1)
 
 
 @contextmanager

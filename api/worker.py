@@ -14,6 +14,7 @@ from dbos import DBOS, DBOSConfig
 
 from api import jobs, queueing
 from api.database import JOBS
+from api.forking import EndingError
 from api.hearing import KilledError
 from api.kinds import KINDS, PARTS
 from api.leasing import Lease
@@ -97,7 +98,7 @@ class Worker:
         try:
             with self._tools.database.write() as connection:
                 for run in self._active():
-                    jobs.uncount(connection, run.job.id)
+                    run.uncount(connection)
             self._lease.end()
         except _UNAVAILABLE:
             LOG.warning("the database does not answer; the lease will expire")
@@ -143,7 +144,7 @@ class Worker:
             work(run)
             return True
         except Exception as error:
-            if self._ending.is_set():
+            if self._ending.is_set() or isinstance(error, EndingError):
                 # To return would be to say that it is done. This process ends in a moment.
                 threading.Event().wait()
             return self._is_over(run, error)
@@ -176,7 +177,7 @@ class Worker:
     def _again(self, run: Run) -> None:
         def write() -> None:
             with self._tools.database.write() as connection:
-                jobs.uncount(connection, run.job.id)
+                run.uncount(connection)
 
         run.lasting(write)
 
@@ -250,10 +251,15 @@ def run(settings: Settings, told: threading.Event) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
     with opened(settings, Metrics(), settings.job_seconds) as tools:
-        worker = Worker(tools)
-        worker.begin()
-        told.wait()
-        worker.end(GRACE)
+        worker, code = Worker(tools), 0
+        try:
+            worker.begin()
+            told.wait()
+            worker.end(GRACE)
+        except Exception:
+            LOG.exception("worker failed")
+            code = 1
         sys.stderr.flush()
-        # Threads of DBOS are never waited for: nothing is lost with them.
-        os._exit(0)
+        # Nothing is closed and no thread is waited for: what they hold goes to others, and would be spoiled
+        # by the end of what they work with.
+        os._exit(code)

@@ -242,7 +242,7 @@ class TestSearches:
         assert not same(made["weights"], normsearch.convert(network, plan))
         kinds = {section["kind"] for section in json.loads(made["report"])["sections"]}
         assert {"search", "scores", "chosen", "trials"} <= kinds
-        assert [line["text"] for line in job["log"]][0].startswith("prepared; 3 trials")
+        assert job["log"][0]["text"].startswith("prepared; 3 trials")
 
     @pytest.mark.parametrize(
         ("changed", "words"),

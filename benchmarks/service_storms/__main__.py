@@ -45,6 +45,7 @@ class Tally:
     take_overs: list[float] = field(default_factory=list)
     cancels: list[float] = field(default_factory=list)
     zombies: Counter[str] = field(default_factory=Counter)
+    ended: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -64,6 +65,8 @@ class Storm:
         phase = PHASES[self._turn % len(PHASES)]
         victim = self._victims[(self._turn // len(PHASES) + self._turn) % len(self._victims)]
         self._turn += 1
+        # A worker that found itself marked dead after an outage of the database ends, as it must.
+        self.tally.ended += self.processes.replace_ended()
         jobs = [self._convert(0.9, 4_000_000) for _ in range(2)]
         if phase in ("trial", "confirm"):
             jobs.append(self._search())
@@ -281,6 +284,7 @@ def summary(tally: Tally) -> dict[str, Any]:
         "take_over_seconds": _spread(tally.take_overs),
         "cancel_seconds": _spread(tally.cancels),
         "exit_codes_of_stopped_workers": dict(tally.zombies),
+        "workers_that_ended_by_themselves": tally.ended,
         "notes": tally.notes,
     }
 

@@ -146,6 +146,13 @@ class Processes:
         self.workers[self.workers.index(worker)] = self._start_worker()
         return code
 
+    def replace_ended(self) -> int:
+        """Start a worker for each that has ended by itself, and return how many did."""
+        ended = [number for number, worker in enumerate(self.workers) if worker.poll() is not None]
+        for number in ended:
+            self.workers[number] = self._start_worker()
+        return len(ended)
+
     def kill_server(self) -> None:
         """Kill the server, and start it again."""
         self.server.kill()

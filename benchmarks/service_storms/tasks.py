@@ -104,7 +104,7 @@ def _try(asked: Trying, folder: Path, report: Any) -> Tried:
     chosen = random.Random(asked.number)
     params = own.params or own.fixed or {name: chosen.choice(some) for name, some in _CHOICES.items()}
     report(Progressed(stage="trial", done=0, total=0, note=Proposed(params=params).model_dump()))
-    time.sleep(0.4)
+    time.sleep(0.5)
     return Tried(
         params=params, state="complete", values=[float(asked.number)], constraints={}, error=None, next=[]
     )
@@ -115,7 +115,7 @@ def _pairs(asked: Listing, folder: Path, _: Any) -> Listed:
 
 
 def _confirm(asked: Confirming, folder: Path, _: Any) -> Confirmed:
-    time.sleep(0.3)
+    time.sleep(0.7)
     return Confirmed(score=float(asked.pair.seed))
 
 
