@@ -12,6 +12,7 @@ from api.conversions import data_in, source_of
 from api.database import DATASETS, MODELS, UPLOADS
 from api.owned import fetch
 from api.runs import Run
+from api.store import Content
 from api.tasks import Data, Source
 
 
@@ -31,8 +32,8 @@ def row_of(run: Run, table: sa.Table, identifier: str) -> sa.Row[Any]:
 
 
 def path_of(run: Run, row: sa.Row[Any]) -> Path:
-    """Return the file of an upload or an artifact."""
-    return run.tools.store.path(row.sha256)
+    """Return the file of an upload or an artifact, which is there until the run ends."""
+    return run.files.enter_context(run.tools.store.local(Content(row.sha256, row.size)))
 
 
 def model_of(run: Run, identifier: str) -> tuple[dict[str, Path], Source, str]:

@@ -76,7 +76,7 @@ def calibration(run: Run) -> None:
     request = CalibrationRequest.model_validate_json(run.job.request)
     weights = row_of(run, ARTIFACTS, request.weights)
     files, told, name = model_of(run, weights.model)
-    files["weights.safetensors"] = run.tools.store.path(weights.sha256)
+    files["weights.safetensors"] = path_of(run, weights)
     data = data_of(run, files, request.dataset, request.batch_size, request.samples)
     assert data is not None
     asked = Calibrating(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,8 @@ class Run:
         self.owner = Owner(job.owner)
         #: Set when the run is over before its work is done; children die then.
         self.cancelled = threading.Event()
+        #: What is open until the run ends.
+        self.files = ExitStack()
         self._places = places
         self._told, self._stage = -1.0, ""
 

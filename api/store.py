@@ -141,6 +141,11 @@ class Store:
         """Return the file with a content; it is only read."""
         return self._place(sha256)
 
+    @contextmanager
+    def local(self, content: Content) -> Iterator[Path]:
+        """Have a content in a file of this machine, which is only read."""
+        yield self._place(content.sha256)
+
     def forget(self, content: Content) -> None:
         """Remove a content if nothing refers to it, with or without a row."""
         with self._database.write() as connection:

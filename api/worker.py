@@ -141,7 +141,8 @@ class Worker:
         with self._lock:
             self._runs[run.claim.workflow] = run
         try:
-            work(run)
+            with run.files:
+                work(run)
             return True
         except Exception as error:
             if self._ending.is_set() or isinstance(error, EndingError):

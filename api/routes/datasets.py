@@ -15,6 +15,7 @@ from api.owned import Cursor, Identifier, Limit, add, fetch, page, remove
 from api.parts import Asking, Service
 from api.problems import documented
 from api.schemas import Dataset, DatasetRequest, Page
+from api.store import Content
 from api.tasks import Described, Describing
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
@@ -36,8 +37,10 @@ async def post(
         with service.database.read() as connection:
             upload = fetch(connection, UPLOADS, asking, body.upload)
         told = Describing(file=plain(upload.name), targets=body.targets)
-        path = service.store.path(upload.sha256)
-        with service.sandbox.run("describe", told, Described, {told.file: path}) as finished:
+        with (
+            service.store.local(Content(upload.sha256, upload.size)) as path,
+            service.sandbox.run("describe", told, Described, {told.file: path}) as finished,
+        ):
             asked = body.model_dump(mode="json", include={"targets", "preparation"})
             document = json.dumps({"asked": asked, "found": finished.result.model_dump(mode="json")})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 from fastapi import APIRouter
 
@@ -14,6 +15,7 @@ from api.owned import fetch
 from api.parts import Asking, Service
 from api.problems import documented
 from api.schemas import PlanRequest, PlanResponse
+from api.store import Content
 from api.tasks import Explained, Explaining
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
@@ -34,14 +36,17 @@ async def post(
             upload = fetch(connection, UPLOADS, asking, model.upload)
             dataset = None if body.dataset is None else fetch(connection, DATASETS, asking, body.dataset)
             inputs = None if dataset is None else fetch(connection, UPLOADS, asking, dataset.upload)
-        told = source_of(service, model, upload)
-        files, data = {told.file: service.store.path(upload.sha256)}, None
-        if dataset is not None and inputs is not None:
-            data = data_in(dataset, inputs, batch_size=2, samples=2)
-            files[data.file] = service.store.path(inputs.sha256)
-        wanted = Explaining(source=told, to=body.to, input_shape=body.input_shape, data=data)
-        with service.sandbox.run("explain", wanted, Explained, files) as finished:
-            return finished.result
+        told, data = source_of(service, model, upload), None
+        with ExitStack() as stack:
+            there = service.store.local(Content(upload.sha256, upload.size))
+            files = {told.file: stack.enter_context(there)}
+            if dataset is not None and inputs is not None:
+                data = data_in(dataset, inputs, batch_size=2, samples=2)
+                there = service.store.local(Content(inputs.sha256, inputs.size))
+                files[data.file] = stack.enter_context(there)
+            wanted = Explaining(source=told, to=body.to, input_shape=body.input_shape, data=data)
+            with service.sandbox.run("explain", wanted, Explained, files) as finished:
+                return finished.result
 
     found = await in_turn(service, work)
     return PlanResponse(

@@ -13,6 +13,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -248,8 +249,8 @@ class Storm:
         return found
 
 
-def storm(kind: str, rounds: int, workers: int, seed: int) -> Tally:
-    """Run a storm on a new database."""
+def storm(kind: str, rounds: int, workers: int, seed: int) -> Iterator[Tally]:
+    """Run a storm on a new database, and yield what it came to after each round."""
     with tempfile.TemporaryDirectory() as folder, running(Path(folder), kind, workers) as processes:
         made = Storm(processes, seed)
         for number in range(rounds):
@@ -257,11 +258,9 @@ def storm(kind: str, rounds: int, workers: int, seed: int) -> Tally:
             made.round()
             if number % 5 == 0:
                 made.cancel()
-            print(
-                f"{kind} {number + 1}/{rounds} {time.monotonic() - start:.1f} s {_short(made.tally)}",
-                flush=True,
-            )
-        return made.tally
+            took = f"{time.monotonic() - start:.1f} s"
+            print(f"{kind} {number + 1}/{rounds} {took} {_short(made.tally)}", flush=True)
+            yield made.tally
 
 
 def _short(tally: Tally) -> str:
@@ -312,23 +311,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
     given = parser.parse_args()
-    found: dict[str, Any] = {}
+    versions = {name: version(name) for name in ("dbos", "sqlalchemy", "optuna")}
+    about = {"workers": given.workers, "python": platform.python_version(), **versions}
+    found: dict[str, Any] = {"about": about}
     for kind in given.databases:
         reason = missing() if kind == "postgresql" else None
         if reason is not None:
             print(f"{kind}: left out: {reason}")
             continue
-        found[kind] = summary(storm(kind, given.rounds, given.workers, given.seed))
+        for number, tally in enumerate(storm(kind, given.rounds, given.workers, given.seed), 1):
+            found[kind] = {"rounds": number, **summary(tally)}
+            if given.save:
+                # After each round: a storm is long.
+                RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps({kind: found[kind]}, indent=1))
-    if given.save:
-        versions = {name: version(name) for name in ("dbos", "sqlalchemy", "optuna")}
-        about = {
-            "rounds": given.rounds,
-            "workers": given.workers,
-            "python": platform.python_version(),
-            **versions,
-        }
-        RESULTS.write_text(json.dumps({"about": about, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
