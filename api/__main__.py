@@ -1,8 +1,11 @@
-"""The service's command line: serve, and keys."""
+"""The service's command line: serve, worker, and keys."""
 
 from __future__ import annotations
 
 import ipaddress
+import json
+import sys
+import threading
 from datetime import UTC, datetime
 from typing import Annotated, NoReturn
 
@@ -11,12 +14,15 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from api import keys
 from api.confinement import forget_environment, hide
-from api.database import Database, sqlite_url
+from api.database import Database
 from api.main import create_app
 from api.observing import log_as_json
 from api.server import run
 from api.settings import Settings
+from api.tools import await_database
 
+#: Seconds for a database to answer that starts together with this process.
+_PATIENCE = 60.0
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 keys_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 app.add_typer(keys_app, name="keys")
@@ -35,10 +41,34 @@ def serve(
             "leave out --host, or make keys with `python -m api keys create` and unset NORMSEARCH_OPEN"
         )
     log_as_json()
+    _await_database(settings)
     # Neither passwords in URLs nor tokens stay where another process could look.
     forget_environment("NORMSEARCH_")
     hide()
     run(create_app(settings, warm=True), host, port)
+
+
+@app.command()
+def worker(
+    beside: Annotated[
+        bool, typer.Option("--beside", hidden=True, help="Read the settings from the server that started it.")
+    ] = False,
+) -> None:
+    """Run jobs until told to stop; what is in work is finished in some seconds, or given to others."""
+    # DBOS takes a second to import.
+    from api.worker import run as work
+
+    log_as_json()
+    told = threading.Event()
+    if beside:
+        settings = Settings(**json.loads(sys.stdin.readline() or "{}"))
+        threading.Thread(target=_await_end, args=(told,), daemon=True).start()
+    else:
+        settings = _settings()
+        forget_environment("NORMSEARCH_")
+    hide()
+    _await_database(settings)
+    work(settings, told)
 
 
 @keys_app.command()
@@ -88,8 +118,19 @@ def _settings() -> Settings:
 def _database() -> Database:
     settings = _settings()
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    url = settings.database_url
-    return Database(sqlite_url(settings.data) if url is None else url.get_secret_value())
+    return Database(settings.url())
+
+
+def _await_database(settings: Settings) -> None:
+    reason = await_database(settings, _PATIENCE)
+    if reason is not None:
+        _fail(f"{reason}; see NORMSEARCH_DATABASE_URL")
+
+
+def _await_end(told: threading.Event) -> None:
+    """Wait until the server that started this process ends, or says that it will."""
+    sys.stdin.read()
+    told.set()
 
 
 def _is_loopback(host: str) -> bool:

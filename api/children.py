@@ -12,6 +12,7 @@ from anyio.to_thread import run_sync
 from api.forking import EndingError
 from api.parts import Parts
 from api.problems import ProblemError
+from api.settings import Settings
 from api.tasks import Scalar, Source
 
 T = TypeVar("T")
@@ -42,7 +43,11 @@ async def in_turn(service: Parts, work: Callable[[], T]) -> T:
 
 
 def source(
-    service: Parts, filename: str, architecture: str | None, arguments: dict[str, Scalar], entry: str | None
+    settings: Settings,
+    filename: str,
+    architecture: str | None,
+    arguments: dict[str, Scalar],
+    entry: str | None,
 ) -> Source:
     """Return a checkpoint as a child is told of it.
 
@@ -53,7 +58,7 @@ def source(
     configured = architecture is not None and architecture.startswith(FACTORIES)
     if architecture is not None and configured:
         name = architecture.removeprefix(FACTORIES)
-        known = service.settings.factories
+        known = settings.factories
         if name not in known:
             there = ", ".join(f"{FACTORIES}{one}" for one in sorted(known)) or "none"
             raise ProblemError(

@@ -1,4 +1,4 @@
-"""A conversion: done in a child, and its files and what they were made from kept together."""
+"""What a job keeps: the files that a child made, and the model that they were made from."""
 
 from __future__ import annotations
 
@@ -7,55 +7,54 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
-from api.children import source
+from api.children import plain, source
 from api.database import ARTIFACTS, MODELS
 from api.keys import Owner
 from api.owned import add, quota_exceeded
-from api.parts import Parts
+from api.sandbox import Finished
 from api.store import Content, Incoming
-from api.tasks import Converted, Converting, Inspected, Made, Source
+from api.tasks import Data, Inspected, Made, Source
+from api.tools import Tools
 
 _PIECE = 2**20
 
 
 @dataclass(frozen=True)
 class Received:
-    """A file of a conversion, on its way into the store."""
+    """A file that a child made, on its way into the store."""
 
     made: Made
     file: Incoming
     content: Content
 
 
-def convert(
-    service: Parts, owner: Owner, asked: Converting, path: Path, stack: ExitStack
-) -> tuple[Converted, list[Received]]:
-    """Convert a checkpoint in a child and receive its files, which are gone with the stack unless kept.
+def receive(
+    tools: Tools, owner: Owner, finished: Finished[Any], files: list[Made], stack: ExitStack
+) -> list[Received]:
+    """Receive what a child made; it is gone with the stack unless it is kept.
 
     Raises:
-        ProblemError: it is refused, fails, or exceeds a limit or the quota.
+        ProblemError: a file is not there as it should be, or is beyond a limit or the quota.
 
     """
     received = []
-    with service.sandbox.run("convert", asked, Converted, {asked.source.file: path}) as finished:
-        for made in finished.result.files:
-            too_large = quota_exceeded(owner.quota_bytes or service.settings.quota_bytes)
-            file = stack.enter_context(service.store.incoming(service.settings.child_file_bytes, too_large))
-            with os.fdopen(finished.open(made.name), "rb") as written:
-                while data := written.read(_PIECE):
-                    file.write(data)
-            received.append(Received(made, file, file.finish()))
-        return finished.result, received
+    for made in files:
+        too_large = quota_exceeded(owner.quota_bytes or tools.settings.quota_bytes)
+        file = stack.enter_context(tools.store.incoming(tools.settings.child_file_bytes, too_large))
+        with os.fdopen(finished.open(made.name), "rb") as written:
+            while data := written.read(_PIECE):
+                file.write(data)
+        received.append(Received(made, file, file.finish()))
+    return received
 
 
 def keep_model(
     connection: sa.Connection,
-    service: Parts,
+    tools: Tools,
     owner: Owner,
     upload: sa.Row[Any],
     asked: Mapping[str, Any],
@@ -67,7 +66,7 @@ def keep_model(
         connection,
         MODELS,
         owner,
-        service.settings,
+        tools.settings,
         name=upload.name,
         upload=upload.id,
         document=document,
@@ -76,20 +75,21 @@ def keep_model(
 
 
 def keep_artifacts(
-    connection: sa.Connection, service: Parts, owner: Owner, model: str, received: list[Received]
+    connection: sa.Connection, tools: Tools, owner: Owner, model: str, job: str, received: list[Received]
 ) -> list[sa.Row[Any]]:
-    """Keep the files of a conversion."""
+    """Keep the files that a job made from a model."""
     rows = []
     for one in received:
-        service.store.keep(connection, one.file, one.content)
+        tools.store.keep(connection, one.file, one.content)
         rows.append(
             add(
                 connection,
                 ARTIFACTS,
                 owner,
-                service.settings,
+                tools.settings,
                 name=one.made.name,
                 model=model,
+                job=job,
                 role=one.made.role,
                 media_type=one.made.media_type,
                 sha256=one.content.sha256,
@@ -99,7 +99,14 @@ def keep_artifacts(
     return rows
 
 
-def source_of(service: Parts, model: sa.Row[Any], upload: sa.Row[Any]) -> Source:
+def source_of(tools: Tools, model: sa.Row[Any], upload: sa.Row[Any]) -> Source:
     """Return the checkpoint of a model as a child is told of it."""
     asked = json.loads(model.document)["asked"]
-    return source(service, upload.name, asked["architecture"], asked["arguments"], asked["entry"])
+    return source(tools.settings, upload.name, asked["architecture"], asked["arguments"], asked["entry"])
+
+
+def data_in(dataset: sa.Row[Any], upload: sa.Row[Any], *, batch_size: int, samples: int | None) -> Data:
+    """Return a dataset as a child is told of it."""
+    asked = json.loads(dataset.document)["asked"]
+    # No name of a checkpoint begins like this by accident.
+    return Data(file=f"dataset-{plain(upload.name)}", **asked, batch_size=batch_size, samples=samples)

@@ -46,7 +46,7 @@ BLOBS = sa.Table(
 )
 
 
-def _owned(name: str, *columns: sa.Column[Any] | sa.Constraint) -> sa.Table:
+def _owned(name: str, *columns: sa.Column[Any] | sa.Constraint | sa.Index) -> sa.Table:
     """Return a table of things that belong to a key; their ids sort by time and cannot be guessed."""
     return sa.Table(
         name,
@@ -79,6 +79,61 @@ ARTIFACTS = _owned(
     _of("model"),
     sa.Column("role", sa.String(40), nullable=False),
     sa.Column("media_type", sa.String(100), nullable=False),
+    # The job that made it; jobs may be gone before what they made.
+    sa.Column("job", sa.String(40), index=True),
+)
+#: Work that takes longer than a request. What is asked, how far it has come and what it came to are here; the
+#: durable queue knows only that there is a job of this id.
+JOBS = _owned(
+    "jobs",
+    sa.Column("kind", sa.String(40), nullable=False),
+    sa.Column("state", sa.String(20), nullable=False),
+    # What it reads, which is not deleted before it ends.
+    sa.Column("upload", sa.String(40), index=True),
+    sa.Column("model", sa.String(40), index=True),
+    sa.Column("dataset", sa.String(40), index=True),
+    sa.Column("artifact", sa.String(40), index=True),
+    sa.Column("request", sa.Text, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, default=0),
+    # Number of events so far: whoever adds one holds this row's lock.
+    sa.Column("events", sa.Integer, nullable=False, default=0),
+    sa.Column("progress", sa.Text),
+    sa.Column("result", sa.Text),
+    sa.Column("problem", sa.Text),
+    sa.Column("started_ms", sa.BigInteger),
+    sa.Column("finished_ms", sa.BigInteger, index=True),
+    sa.Index(None, "state", "id"),
+)
+#: What happened to each job, in order: what clients follow, also over restarts of the service.
+EVENTS = sa.Table(
+    "job_events",
+    METADATA,
+    sa.Column("job", sa.String(40), sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("created_ms", sa.BigInteger, nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("document", sa.Text, nullable=False),
+)
+#: What the parts of a job are, for those that any worker may take: who has which, and what it came to.
+PARTS = sa.Table(
+    "job_parts",
+    METADATA,
+    sa.Column("job", sa.String(40), sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("stage", sa.String(20), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("asked", sa.Text, nullable=False),
+    # A workflow of the queue, which one process at a time runs.
+    sa.Column("holder", sa.String(80)),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("result", sa.Text),
+)
+#: Processes that run jobs, and until when each counts as alive; times are the database's own.
+LEASES = sa.Table(
+    "leases",
+    METADATA,
+    sa.Column("executor", sa.String(100), primary_key=True),
+    sa.Column("expires", sa.Double, nullable=False),
+    sa.Column("dead", sa.Integer, nullable=False),
 )
 #: POST requests that carried an Idempotency-Key, and what they were answered with.
 IDEMPOTENCY = sa.Table(
@@ -136,17 +191,21 @@ class Database:
     def write(self) -> Iterator[sa.Connection]:
         """Open a transaction that writes; in SQLite it waits here until it is the only one.
 
-        What was done outside of the database is undone if it fails: ``undoing`` says how.
+        What was done outside of the database is undone if it fails: ``undoing`` says how. What is to be done
+        once it has succeeded, ``afterwards`` says.
         """
         undo: list[Callable[[], None]] = []
+        done: list[Callable[[], None]] = []
         try:
-            options = {"writes": True, "undo": undo}
+            options = {"writes": True, "undo": undo, "done": done}
             with self._engine.connect().execution_options(**options) as connection, connection.begin():
                 yield connection
         except BaseException:
             for step in undo:
                 step()
             raise
+        for step in done:
+            step()
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -162,6 +221,11 @@ class Database:
 def undoing(connection: sa.Connection, step: Callable[[], None]) -> None:
     """Have a step done after the transaction, should it fail."""
     connection.get_execution_options()["undo"].append(step)
+
+
+def afterwards(connection: sa.Connection, step: Callable[[], None]) -> None:
+    """Have a step done after the transaction, should it succeed."""
+    connection.get_execution_options()["done"].append(step)
 
 
 def sqlite_url(folder: Path) -> str:

@@ -94,11 +94,16 @@ def failure(failed: Failed) -> ProblemError:
     )
 
 
+class KilledError(ProblemError):
+    """A child that somebody else killed: the system for want of memory, or an operator."""
+
+
 def death(status: int | None) -> ProblemError:
     """Return what a request is answered with whose child died."""
     if status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
         return exceeded("it used more processor time than a child process may have")
-    return ProblemError(
+    killed = status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL)
+    return (KilledError if killed else ProblemError)(
         422,
         "failed",
         "the process that worked on it died, which damaged files, or too little memory, may cause; "

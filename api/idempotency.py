@@ -99,6 +99,28 @@ def once(
         raise
 
 
+def at_once(database: Database, owner: Owner, key: str | None, request: str, commit: Commit) -> Outcome:
+    """Do a POST that only writes to the database, or return what it was answered with before.
+
+    It is one transaction: a process that dies leaves nothing in work, and the same request does it.
+
+    Raises:
+        ProblemError: 409 while the first is in work, 422 for the same key with another request.
+
+    """
+    with database.write() as connection:
+        if key is None:
+            return commit(connection)
+        attempt = new_id("try")
+        done = _claim(connection, owner, key, request, attempt)
+        if done is not None:
+            return done
+        outcome = commit(connection)
+        mine = (IDEMPOTENCY.c.owner == owner.id, IDEMPOTENCY.c.key == key, IDEMPOTENCY.c.attempt == attempt)
+        connection.execute(sa.update(IDEMPOTENCY).where(*mine).values(outcome=json.dumps(asdict(outcome))))
+        return outcome
+
+
 def _claim(connection: sa.Connection, owner: Owner, key: str, request: str, attempt: str) -> Outcome | None:
     now, table = now_ms(), IDEMPOTENCY
     connection.execute(sa.delete(table).where(table.c.started_ms < now - _KEPT_MS))

@@ -8,21 +8,37 @@ from threading import Thread
 from typing import Any
 
 from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from api.answering import COMMON
-from api.database import Database, sqlite_url
 from api.forking import EndingError
 from api.keys import Rate
 from api.observing import LOG, Metrics, Observing
 from api.parts import Parts
 from api.problems import ProblemError, answer, without_json
-from api.routes import architectures, artifacts, convert, datasets, health, methods, models, plans, uploads
+from api.routes import (
+    architectures,
+    artifacts,
+    convert,
+    datasets,
+    health,
+    jobs,
+    methods,
+    models,
+    plans,
+    submitting,
+    uploads,
+)
 from api.sandbox import Sandbox
 from api.settings import Settings
-from api.store import Store
+from api.tools import opened
+from api.workers import Workers
+
+#: Clients that may follow jobs at a time.
+_MOST_STREAMS = 500
 
 _ABOUT = """\
 Upload a checkpoint of a trained network, and get it back with its BatchNorm layers replaced.
@@ -44,21 +60,20 @@ def create_app(settings: Settings | None = None, *, warm: bool = False) -> FastA
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-        url = settings.database_url
-        database = Database(sqlite_url(settings.data) if url is None else url.get_secret_value())
-        store = Store(settings.data, database, settings.reserve_bytes)
-        sandbox = Sandbox(settings, metrics)
-        rate = Rate(settings.requests_per_minute)
+        rate, workers = Rate(settings.requests_per_minute), Workers(settings)
         turns, threads = CapacityLimiter(settings.children), CapacityLimiter(settings.children)
-        app.state.parts = Parts(settings, database, store, sandbox, metrics, rate, turns, threads)
-        if warm:
-            Thread(target=_warm, args=(sandbox,), daemon=True).start()
-        try:
-            yield
-        finally:
-            sandbox.close()
-            database.close()
+        streams = CapacityLimiter(_MOST_STREAMS)
+        with opened(settings, metrics, settings.child_seconds) as tools:
+            app.state.parts = Parts(
+                **vars(tools), rate=rate, turns=turns, threads=threads, workers=workers, streams=streams
+            )
+            if warm:
+                workers.start()
+                Thread(target=_warm, args=(tools.sandbox,), daemon=True).start()
+            try:
+                yield
+            finally:
+                await run_sync(workers.close)
 
     # The interactive pages load scripts from elsewhere; /openapi.json is enough.
     app = FastAPI(
@@ -72,7 +87,18 @@ def create_app(settings: Settings | None = None, *, warm: bool = False) -> FastA
     )
     app.add_middleware(Observing, metrics=metrics)
     app.include_router(health.router)
-    for noun in (uploads, models, architectures, methods, plans, datasets, artifacts, convert):
+    for noun in (
+        uploads,
+        models,
+        architectures,
+        methods,
+        plans,
+        datasets,
+        artifacts,
+        convert,
+        submitting,
+        jobs,
+    ):
         app.include_router(noun.router, responses=COMMON)
     _document(app)
     return app

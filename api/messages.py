@@ -62,6 +62,7 @@ class Progressed(Strict):
     total: int = Field(ge=0)
     seconds_left: float | None = Field(None, ge=0)
     detail: str = Field("", max_length=2000)
+    note: dict[str, Any] | None = Field(None, description="what whoever asked must know before the end")
 
 
 class Done(Strict):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import Path, Query
 
-from api.database import ARTIFACTS, DATASETS, KEYS, MODELS, UPLOADS, new_id, now_ms
+from api.database import ARTIFACTS, DATASETS, JOBS, KEYS, MODELS, UPLOADS, new_id, now_ms
 from api.keys import Owner
 from api.problems import ProblemError, not_found
 from api.settings import Settings
@@ -18,13 +18,14 @@ Identifier = Annotated[str, Path(max_length=40, description="as its list or `Loc
 Limit = Annotated[int, Query(ge=1, le=200, description="the most items in the answer")]
 Cursor = Annotated[str | None, Query(max_length=300, description="`next` of the page before")]
 
-_PREFIXES = {UPLOADS: "upl", MODELS: "mod", DATASETS: "dat", ARTIFACTS: "art"}
+_PREFIXES = {UPLOADS: "upl", MODELS: "mod", DATASETS: "dat", ARTIFACTS: "art", JOBS: "job"}
 #: What refers to a thing keeps it from being removed.
-_REFERRING = {
-    UPLOADS: ((MODELS, MODELS.c.upload), (DATASETS, DATASETS.c.upload)),
-    MODELS: ((ARTIFACTS, ARTIFACTS.c.model),),
-    DATASETS: (),
-    ARTIFACTS: (),
+_REFERRING: dict[sa.Table, tuple[tuple[sa.Table, sa.Column[Any]], ...]] = {
+    UPLOADS: ((MODELS, MODELS.c.upload), (DATASETS, DATASETS.c.upload), (JOBS, JOBS.c.upload)),
+    MODELS: ((ARTIFACTS, ARTIFACTS.c.model), (JOBS, JOBS.c.model)),
+    DATASETS: ((JOBS, JOBS.c.dataset),),
+    ARTIFACTS: ((JOBS, JOBS.c.artifact),),
+    JOBS: (),
 }
 
 
@@ -81,11 +82,15 @@ def remove(connection: sa.Connection, table: sa.Table, owner: Owner, identifier:
     """
     row = fetch(connection, table, owner, identifier)
     for other, column in _REFERRING[table]:
-        found = connection.scalar(sa.select(other.c.id).where(column == identifier).limit(1))
+        query = sa.select(other.c.id).where(column == identifier)
+        if other is JOBS:
+            query = query.where(JOBS.c.finished_ms.is_(None))
+        found = connection.scalar(query.limit(1))
         if found is not None:
-            raise ProblemError(
-                409, "conflict", f"{_noun(other)} {found} was made from {identifier}; delete that first"
-            )
+            how = f"job {found} reads {identifier}; cancel it, or wait for it"
+            if other is not JOBS:
+                how = f"{_noun(other)} {found} was made from {identifier}; delete that first"
+            raise ProblemError(409, "conflict", how)
     connection.execute(sa.delete(table).where(table.c.id == identifier))
     return row
 

@@ -11,41 +11,32 @@ from anyio import CapacityLimiter
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from api.database import Database
 from api.keys import EVERYONE, Owner, Rate, owner_of
-from api.observing import Metrics
 from api.problems import ProblemError
-from api.sandbox import Sandbox
-from api.settings import Settings
-from api.store import Store
 from api.tasks import Catalogue
+from api.tools import Tools
+from api.workers import Workers
 
 
 @dataclass(frozen=True)
-class Parts:
+class Parts(Tools):
     """The parts that routes work with.
 
     Attributes:
-        settings: what the environment says.
-        database: where everything is written down.
-        store: the files.
-        sandbox: the children.
-        metrics: the numbers for operators.
         rate: how often each may ask.
         turns: how many children may be at work.
         threads: where the work waits for its child, apart from the threads of short requests.
+        workers: the processes that run jobs beside this one.
+        streams: how many clients may follow a job at a time.
         known: what children know by name, once one was asked.
 
     """
 
-    settings: Settings
-    database: Database
-    store: Store
-    sandbox: Sandbox
-    metrics: Metrics
     rate: Rate
     turns: CapacityLimiter
     threads: CapacityLimiter
+    workers: Workers
+    streams: CapacityLimiter
     known: list[Catalogue] = field(default_factory=list)
 
 

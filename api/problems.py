@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Self
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -27,6 +27,7 @@ _TITLES = {
     "digest-mismatch": "The content arrived otherwise than announced",
     "too-slow": "The content arrived too slowly",
     "rate-limited": "Too many requests",
+    "too-many-jobs": "Too many jobs are not finished",
     "busy": "Every worker is busy",
     "refused": "normsearch refuses this",
     "limits-exceeded": "The work exceeded its limits",
@@ -91,16 +92,26 @@ class ProblemError(Exception):
         self.status, self.kind, self.detail = status, kind, detail
         self.headers, self.members = dict(headers or {}), members
 
-    def response(self, request_id: str) -> JSONResponse:
-        """Return the answer."""
-        document = {
+    def document(self) -> dict[str, Any]:
+        """Return what is said, apart from the request."""
+        return {
             "type": f"/problems/{self.kind}",
             "title": _TITLES[self.kind],
             "status": self.status,
             "detail": self.detail,
-            "request_id": request_id,
             **{key: value for key, value in self.members.items() if value is not None},
         }
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Self:
+        """Return the problem that a document tells, as ``document`` made it."""
+        others = {key: document[key] for key in document if key not in ("type", "title", "status", "detail")}
+        kind = str(document["type"]).removeprefix("/problems/")
+        return cls(document["status"], kind, document["detail"], None, **others)
+
+    def response(self, request_id: str) -> JSONResponse:
+        """Return the answer."""
+        document = {**self.document(), "request_id": request_id}
         return JSONResponse(document, self.status, self.headers, MEDIA_TYPE)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic, Self, TypeVar
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from api.tasks import Decision, Described, Keep, Scalar, To
+from api.tasks import Decision, Described, Keep, Preparation, Scalar, To
 
 T = TypeVar("T")
 
@@ -89,6 +89,16 @@ Wanted = Annotated[
 ]
 
 
+ModelId = Annotated[str, Field(max_length=40, examples=[_MODEL_ID])]
+DatasetId = Annotated[str, Field(max_length=40, examples=["dat_019e2f0c5b1a0123456789abcdef01234567"])]
+BatchSize = Annotated[int, Field(ge=1, le=4096, description="samples of the dataset in one forward pass")]
+Samples = Annotated[
+    int,
+    Field(ge=1, le=1_000_000, description="the most samples of the dataset, evenly spread over all of it"),
+]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="the same seed gives the same result")]
+
+
 class Request(BaseModel):
     """A body: nothing unknown is taken, no number is infinite."""
 
@@ -141,9 +151,14 @@ class Model(BaseModel):
 class PlanRequest(Request):
     """Ask what a plan would do."""
 
-    model: str = Field(max_length=40, examples=[_MODEL_ID])
+    model: ModelId
     to: Wanted
     input_shape: Shape | None = None
+    dataset: DatasetId | None = Field(None, description="tells shapes, instead of input_shape")
+
+    @model_validator(mode="after")
+    def _inputs(self) -> Self:
+        return one_of_inputs(self)
 
 
 class PlanResponse(BaseModel):
@@ -162,7 +177,8 @@ class Artifact(BaseModel):
 
     id: str = Field(examples=["art_019e2f0c5b1a0123456789abcdef01234567"])
     model: str = Field(description="what it was made from", examples=[_MODEL_ID])
-    role: str = Field(description="weights, script, layers, plan, report (JSON) or page (HTML)")
+    job: str | None = Field(description="what made it")
+    role: str = Field(description="weights, script, layers, plan, report (JSON), page (HTML) or sensitivity")
     filename: str = Field(examples=["resnet50-converted.safetensors"])
     media_type: str
     bytes: int
@@ -175,6 +191,7 @@ class Artifact(BaseModel):
         return cls(
             id=row.id,
             model=row.model,
+            job=row.job,
             role=row.role,
             filename=row.name,
             media_type=row.media_type,
@@ -188,21 +205,40 @@ class DatasetRequest(Request):
     """Ask what an upload holds as inputs."""
 
     upload: str = Field(max_length=40, examples=["upl_019e2f0c5b1a0123456789abcdef01234567"])
+    targets: str | None = Field(
+        None,
+        max_length=200,
+        description="of arrays: the one that holds labels, whole numbers from 0, and is no input; `arr_1` is "
+        "the second of `numpy.savez(path, x, y)`. Images have their folders, in alphabetical order",
+        examples=["arr_1"],
+    )
+    preparation: Preparation = Field(
+        default_factory=Preparation, description="of images; ImageNet's by default"
+    )
 
 
 class Dataset(Described):
-    """Inputs for forward passes."""
+    """Inputs for forward passes, with labels or without."""
 
     id: str = Field(examples=["dat_019e2f0c5b1a0123456789abcdef01234567"])
     upload: str
     filename: str
+    targets: str | None
+    preparation: Preparation
     created: datetime
 
     @classmethod
     def of(cls, row: sa.Row[Any]) -> Self:
         """Return it as its row says."""
-        found = json.loads(row.document)
-        return cls(id=row.id, upload=row.upload, filename=row.name, created=moment(row.created_ms), **found)
+        document = json.loads(row.document)
+        return cls(
+            id=row.id,
+            upload=row.upload,
+            filename=row.name,
+            created=moment(row.created_ms),
+            **document["asked"],
+            **document["found"],
+        )
 
 
 class ArchitecturePage(Page[str]):
@@ -257,3 +293,11 @@ def _scalar(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return value if isinstance(value, bool | int | float | str) else text
+
+
+def one_of_inputs(request: T) -> T:
+    """Return a request that names at most one kind of inputs."""
+    given: Any = request
+    if given.input_shape is not None and given.dataset is not None:
+        raise ValueError("give input_shape or dataset, not both")
+    return request

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -61,9 +64,20 @@ class Protocol(H11Protocol):
             self.transport.abort()
 
 
+class Server(uvicorn.Server):
+    """Tells the application that it is to end before it waits for requests, some of which wait for jobs."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end."""
+        app: Any = self.config.app
+        if hasattr(app.state, "parts"):
+            app.state.parts.workers.announce_end()
+        super().handle_exit(sig, frame)
+
+
 def run(app: FastAPI, host: str, port: int) -> None:
     """Serve until told to stop; what is in work is finished first, for at most half a minute."""
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=host,
         port=port,
@@ -76,3 +90,9 @@ def run(app: FastAPI, host: str, port: int) -> None:
         timeout_keep_alive=int(HEAD),
         timeout_graceful_shutdown=30,
     )
+    server = Server(config)
+    # Ctrl-C was meant for it, and was heard.
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        sys.exit(3)

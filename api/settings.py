@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Annotated
 
 from pydantic import ByteSize, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from api.database import sqlite_url
 
 _FACTORY_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
@@ -60,6 +63,26 @@ class Settings(BaseSettings):
     wait_seconds: float = Field(
         120, gt=0, description="time that a request waits for a free child before it is answered with 503"
     )
+    workers: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="worker processes beside the server; 0 where `python -m api worker` runs elsewhere",
+    )
+    job_seconds: float = Field(3600, gt=0, description="time that a child of a job may take")
+    unfinished_jobs: int = Field(100, ge=1, description="jobs that an API key may have waiting or running")
+    convert_seconds: float = Field(
+        60, ge=0, description="time that `POST /v1/convert` waits for its job before it answers with 202"
+    )
+    search_trials: int = Field(200, ge=2, description="most trials of a search")
+    search_parts: int = Field(
+        4, ge=1, description="trials of one search at a time, over all workers; with SQLite it is one"
+    )
+    keep_jobs_days: float = Field(30, gt=0, description="how long finished jobs are kept")
+    keep_artifacts_days: float = Field(30, gt=0, description="how long artifacts are kept")
+    keep_uploads_days: float = Field(
+        30, gt=0, description="how long uploads, models and datasets are kept that nothing was made from"
+    )
 
     @field_validator("factories")
     @classmethod
@@ -70,3 +93,18 @@ class Settings(BaseSettings):
                     f"{name!r}: {factory!r} is not NAME (a-z, digits, . _ -) and package.module:factory"
                 )
         return value
+
+    def as_json(self) -> str:
+        """Return every setting, secrets included, as another process of the service reads it."""
+        given = {
+            name: value.get_secret_value() if isinstance(value, SecretStr) else value
+            for name in type(self).model_fields
+            if (value := getattr(self, name)) is not None
+        }
+        return json.dumps(given, default=str)
+
+    def url(self) -> str:
+        """Return the URL of the database; SQLite in the data folder where none is given."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return sqlite_url(self.data)

@@ -23,7 +23,7 @@ from typing import Self
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from api.database import ARTIFACTS, BLOBS, DATASETS, MODELS, UPLOADS, Database, undoing
+from api.database import ARTIFACTS, BLOBS, DATASETS, JOBS, MODELS, UPLOADS, Database, undoing
 from api.problems import ProblemError
 
 #: The free space is looked at again after so many bytes.
@@ -141,6 +141,11 @@ class Store:
         """Return the file with a content; it is only read."""
         return self._place(sha256)
 
+    @contextmanager
+    def local(self, content: Content) -> Iterator[Path]:
+        """Have a content in a file of this machine, which is only read."""
+        yield self._place(content.sha256)
+
     def forget(self, content: Content) -> None:
         """Remove a content if nothing refers to it, with or without a row."""
         with self._database.write() as connection:
@@ -188,7 +193,7 @@ def used_bytes(connection: sa.Connection, owner: str) -> int:
     """Return what a key has stored, every copy counted: what others have costs the same."""
     sums = [
         sa.select(sa.func.coalesce(sa.func.sum(table.c.size), 0)).where(table.c.owner == owner)
-        for table in (UPLOADS, MODELS, DATASETS, ARTIFACTS)
+        for table in (UPLOADS, MODELS, DATASETS, ARTIFACTS, JOBS)
     ]
     return sum(int(connection.scalar(one) or 0) for one in sums)
 

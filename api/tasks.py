@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from api.messages import Strict
 
@@ -42,12 +42,51 @@ class Source(Strict):
     configured: bool = False
 
 
+class Preparation(Strict):
+    """How an image becomes a network's input: resized, the middle square taken, (x / 255 − mean) / std."""
+
+    size: int = Field(224, ge=1, le=4096, description="height and width in pixels")
+    mean: tuple[float, ...] = Field(
+        (0.485, 0.456, 0.406),
+        min_length=1,
+        max_length=3,
+        description="one value for grey images, three for RGB",
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.229, 0.224, 0.225), min_length=1, max_length=3)
+
+    @model_validator(mode="after")
+    def _channels(self) -> Self:
+        if len(self.mean) != len(self.std) or len(self.mean) == 2:
+            raise ValueError("give one value each for grey images, or three for RGB")
+        return self
+
+
+class Data(Strict):
+    """A dataset in the child's folder.
+
+    Attributes:
+        file: its name.
+        targets: the array that holds labels and is no input; folders are the labels of images.
+        preparation: what is done to images.
+        batch_size: number of samples in a forward pass.
+        samples: the most samples that are read; None for all.
+
+    """
+
+    file: str
+    targets: str | None = None
+    preparation: Preparation = Field(default_factory=Preparation)
+    batch_size: int = 16
+    samples: int | None = 256
+
+
 class Explaining(Strict):
     """Ask what a plan would do."""
 
     source: Source
     to: To
     input_shape: str | None = None
+    data: Data | None = None
 
 
 class Converting(Strict):
@@ -58,6 +97,31 @@ class Converting(Strict):
     plan: str | None = None
     keep: Keep = "function"
     input_shape: str | None = None
+    data: Data | None = None
+    stem: str
+
+
+class Calibrating(Strict):
+    """Ask for a calibration: a converted checkpoint, its original, and inputs."""
+
+    source: Source
+    converted: str
+    data: Data
+    budget: int
+    parameters: Literal["all", "affine"]
+    seed: int
+    stem: str
+
+
+class Sensing(Strict):
+    """Ask how far the output moves when one site changes."""
+
+    source: Source
+    methods: tuple[str, ...]
+    sites: tuple[str, ...] | None
+    threshold: float
+    input_shape: str | None = None
+    data: Data | None = None
     stem: str
 
 
@@ -65,6 +129,7 @@ class Describing(Strict):
     """Ask what a file of inputs holds."""
 
     file: str
+    targets: str | None = None
 
 
 class ProducerOf(Strict):
@@ -157,20 +222,53 @@ class Made(Strict):
     """A file that a conversion wrote."""
 
     name: str = Field(max_length=200)
-    role: Literal["weights", "script", "layers", "plan", "report", "page"]
+    role: Literal["weights", "script", "layers", "plan", "report", "page", "sensitivity"]
     media_type: Literal[
         "application/octet-stream", "text/x-python", "application/json", "text/html; charset=utf-8"
     ]
+
+
+Files = Annotated[list[Made], Field(min_length=1, max_length=8)]
 
 
 class Converted(Strict):
     """What a conversion came to."""
 
     model: Inspected
-    files: Annotated[list[Made], Field(min_length=1, max_length=8)]
+    files: Files
     changed: int = Field(ge=0, description="number of layers replaced")
     exact: bool
     batch_independent: bool
+    notes: tuple[Text, ...]
+
+
+class Rung(Strict):
+    """One thing that a calibration tried."""
+
+    name: Name
+    error: float | None = Field(description="the held-out error with it; null where it was not finite")
+    kept: bool
+    steps: int
+    seconds: float
+
+
+class Calibrated(Strict):
+    """What a calibration came to."""
+
+    files: Files
+    before: float | None = Field(description="held-out error before: relative L2 distance of the outputs")
+    after: float | None
+    rungs: Annotated[list[Rung], Field(max_length=20)]
+    notes: tuple[Text, ...]
+
+
+class Sensed(Strict):
+    """What a measurement of sensitivity came to."""
+
+    files: Files
+    sites: int
+    methods: tuple[Name, ...]
+    vetoes: dict[str, tuple[Name, ...]] = Field(description="by site: methods that move the output too far")
     notes: tuple[Text, ...]
 
 
@@ -195,7 +293,7 @@ class Described(Strict):
     kind: Literal["arrays", "images"]
     samples: int | None = Field(description="null where arrays have different lengths")
     arrays: Annotated[list[Array], Field(max_length=1000)]
-    classes: Annotated[list[ImageClass], Field(max_length=10_000)]
+    classes: Annotated[list[ImageClass], Field(max_length=10_000, description="in the order of their labels")]
 
 
 class MethodOf(Strict):

@@ -76,7 +76,7 @@ def random_batch(model: nn.Module, shape: str, batch_size: int) -> Batches:
         raise PlanError(
             f"--input-shape {shape} at batch size {batch_size} has {elements:,} numbers; give less"
         )
-    dtype = _dtype(model)
+    dtype = floating_type(model)
 
     def read(number: int) -> Tensor:
         return torch.randn(batch_size, *sizes, generator=torch.Generator().manual_seed(number)).to(dtype)
@@ -119,8 +119,8 @@ def _of_images(
     model: nn.Module, folder: Path, batch_size: int, samples: int | None, preparation: Preparation
 ) -> Batches:
     found = find_images(folder)
-    chosen = [found[index] for index in _spread(len(found), samples)]
-    dtype = _dtype(model)
+    chosen = [found[index] for index in spread(len(found), samples)]
+    dtype = floating_type(model)
 
     def read(number: int) -> Tensor:
         files = chosen[number * batch_size : (number + 1) * batch_size]
@@ -132,33 +132,34 @@ def _of_images(
 
 def _of_arrays(model: nn.Module, path: Path, batch_size: int, samples: int | None) -> Batches:
     given = read_inputs(path)
-    named = _named(given)
-    dtype, notes = _dtype(model), []
+    named = named_arrays(given)
+    dtype, notes = floating_type(model), []
     for name, array in named.items():
-        _check(path, name, array)
+        check_array(path, name, array)
         if array.is_floating_point() and array.dtype != dtype:
             old, new = (str(kind).removeprefix("torch.") for kind in (array.dtype, dtype))
             notes.append(f"{path}: {name} is {old} and was cast to the network's {new}")
     lengths = {array.shape[0] if array.dim() else 0 for array in named.values()}
     size = lengths.pop()
     if lengths or size == 0:
-        return Batches(lambda number: _ready(path, given, dtype, None), 1, None, tuple(notes))
-    rows = torch.tensor(_spread(size, samples))
+        return Batches(lambda number: rows_of(path, given, dtype, None), 1, None, tuple(notes))
+    rows = torch.tensor(spread(size, samples))
 
     def read(number: int) -> Any:
-        return _ready(path, given, dtype, rows[number * batch_size : (number + 1) * batch_size])
+        return rows_of(path, given, dtype, rows[number * batch_size : (number + 1) * batch_size])
 
     return Batches(read, -(-len(rows) // batch_size), len(rows), tuple(notes))
 
 
-def _spread(count: int, samples: int | None) -> list[int]:
+def spread(count: int, samples: int | None) -> list[int]:
     """Return ``samples`` of ``count`` places, evenly spread: folders are often sorted by class."""
     if samples is None or samples >= count:
         return list(range(count))
     return [index * count // samples for index in range(samples)]
 
 
-def _named(given: Any) -> dict[str, Tensor]:
+def named_arrays(given: Any) -> dict[str, Tensor]:
+    """Return the arrays of one forward pass's inputs, each with a name to be told by."""
     if isinstance(given, dict):
         return given
     return (
@@ -166,7 +167,13 @@ def _named(given: Any) -> dict[str, Tensor]:
     )
 
 
-def _check(path: Path, name: str, array: Tensor) -> None:
+def check_array(path: Path, name: str, array: Tensor) -> None:
+    """Raise unless an array may be a network's input.
+
+    Raises:
+        CheckpointError: it holds bytes, or complex numbers.
+
+    """
     if array.dtype == torch.uint8:
         raise CheckpointError(
             f"{path}: {name} holds bytes, which do not say how the network was trained to see them; write "
@@ -176,8 +183,13 @@ def _check(path: Path, name: str, array: Tensor) -> None:
         raise CheckpointError(f"{path}: {name} is {array.dtype}; write real numbers")
 
 
-def _ready(path: Path, given: Any, dtype: torch.dtype, rows: Tensor | None) -> Any:
-    """Return the rows of arrays as a forward pass's inputs."""
+def rows_of(path: Path, given: Any, dtype: torch.dtype, rows: Tensor | None) -> Any:
+    """Return rows of arrays as a forward pass's inputs, floating-point numbers as ``dtype``.
+
+    Raises:
+        CheckpointError: some are NaN or infinite.
+
+    """
 
     def ready(name: str, array: Tensor) -> Tensor:
         taken = array if rows is None else array[rows]
@@ -187,11 +199,12 @@ def _ready(path: Path, given: Any, dtype: torch.dtype, rows: Tensor | None) -> A
             raise CheckpointError(f"{path}: {name} holds NaN or infinity; leave such samples out")
         return taken.to(dtype)
 
-    made = [ready(name, array) for name, array in _named(given).items()]
+    made = [ready(name, array) for name, array in named_arrays(given).items()]
     if isinstance(given, dict):
         return dict(zip(given, made, strict=True))
     return tuple(made) if isinstance(given, tuple) else made[0]
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def floating_type(model: nn.Module) -> torch.dtype:
+    """Return the floating-point type of a network's parameters."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

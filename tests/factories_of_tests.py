@@ -1,4 +1,4 @@
-"""A network of an operator's own."""
+"""Networks of an operator's own."""
 
 from __future__ import annotations
 
@@ -7,3 +7,17 @@ from torch import nn
 
 def small() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32))
+
+
+def digits() -> nn.Module:
+    """Classifies grey images of 8 × 8 pixels into ten classes."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, 2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 16, 10),
+    )

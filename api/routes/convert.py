@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import time
+from dataclasses import replace
 from typing import Any
 
+import anyio
 import sqlalchemy as sa
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
-from api.answering import CREATED
-from api.children import in_turn, plain, source
-from api.conversions import convert, keep_artifacts, keep_model
+from api import jobs
+from api.answering import CREATED, answered
+from api.children import source
 from api.database import ARTIFACTS
-from api.idempotency import Commit, IdempotencyKey, Outcome, fingerprint, once
+from api.idempotency import IdempotencyKey, Outcome, at_once, fingerprint
+from api.job_schemas import ConvertJob, Job
+from api.keys import Owner
 from api.owned import fetch
-from api.parts import Asking, Service
+from api.parts import Asking, Parts, Service
 from api.problems import ProblemError, documented
 from api.receiving import FORM_ROOM, checked_name, incoming, keep_upload, receive_form
 from api.routes.artifacts import download
-from api.schemas import Artifact, ConvertForm
-from api.tasks import Converting
+from api.routes.jobs import job_of
+from api.schemas import ConvertForm
 
 router = APIRouter(prefix="/v1/convert", tags=["conversions"])
 _WEIGHTS: dict[str, Any] = {
@@ -32,6 +36,7 @@ _WEIGHTS: dict[str, Any] = {
         "Link": {"description": "the other artifacts, each with its name", "schema": {"type": "string"}},
     },
 }
+_LATER: dict[str, Any] = {"model": Job, "description": "It goes on; `Location` is the job", **CREATED}
 _FIELDS = ConvertForm.model_json_schema()
 _FIELDS["properties"] = {"file": {"type": "string", "format": "binary"}, **_FIELDS["properties"]}
 _FIELDS["oneOf"] = [{"required": ["file", "to"]}, {"required": ["file", "plan"]}]
@@ -48,7 +53,7 @@ _FORM = {"schema": _FIELDS}
     "",
     summary="Convert a checkpoint",
     response_class=Response,
-    responses={200: _WEIGHTS, **documented(408, 409, 413, 415, 422, 507)},
+    responses={200: _WEIGHTS, 202: _LATER, **documented(408, 409, 413, 415, 422, 507)},
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": _FORM}}},
 )
 async def post(
@@ -57,53 +62,74 @@ async def post(
     """Replace the BatchNorm layers of a checkpoint and answer with the rewritten one.
 
     `curl -F file=@resnet50.pth -F architecture=torchvision/resnet50 -F to=group http://…/v1/convert -OJ`
+
+    It is a job like others: where it takes longer than a minute, the answer is 202 and `Location` is the job.
     """
     async with incoming(request, service, asking, FORM_ROOM) as file:
         content, given, fields = await receive_form(request, service, file)
         name, form = checked_name(given), read_form(fields)
-        told = source(service, name, form.architecture, form.arguments, form.entry)
-        asked = form.model_dump(include={"architecture", "arguments", "entry"})
-        try:
-            wanted = Converting(
-                source=told,
-                to=form.to,
-                plan=form.plan,
-                keep=form.keep,
-                input_shape=form.input_shape,
-                stem=plain(name).rpartition(".")[0] or plain(name),
+        # What the operator did not configure is refused before anything is kept.
+        source(service.settings, name, form.architecture, form.arguments, form.entry)
+
+        def commit(connection: sa.Connection) -> Outcome:
+            upload, existed = keep_upload(connection, service, asking, file, content, name)
+            asked = ConvertJob(upload=upload.id, is_new=not existed, form=form)
+            row = jobs.submit(
+                connection,
+                service.queue,
+                service.settings,
+                asking,
+                "convert",
+                asked,
+                name=upload.name,
+                upload=upload.id,
             )
-        except ValidationError as error:
-            raise ProblemError(422, "invalid-request", str(error.errors()[0]["msg"])) from error
+            return Outcome(202, Job.of(row).model_dump(mode="json"), f"/v1/jobs/{row.id}")
 
-        def work() -> Outcome:
-            with ExitStack() as stack:
-                same = fingerprint("convert", name, content.sha256, form.model_dump(mode="json"))
-                return once(service.database, asking, idempotency_key, same, lambda: prepare(stack))
+        same = fingerprint("convert", name, content.sha256, form.model_dump(mode="json"))
+        outcome = await run_sync(lambda: at_once(service.database, asking, idempotency_key, same, commit))
+    service.workers.start()
+    job = await _ended(service, asking, outcome.document["id"])
+    if job.problem is not None:
+        raise ProblemError.of(job.problem)
+    if job.state == "cancelled":
+        raise ProblemError(409, "conflict", f"job {job.id} was cancelled; send the file again")
+    if job.result is None:
+        return answered(replace(outcome, document=job.model_dump(mode="json")))
+    headers = {"idempotent-replayed": "true"} if outcome.replayed else {}
+    return await _weights(request, service, asking, job.result.artifacts, headers)
 
-        def prepare(stack: ExitStack) -> Commit:
-            converted, received = convert(service, asking, wanted, file.path, stack)
 
-            def commit(connection: sa.Connection) -> Outcome:
-                upload, _ = keep_upload(connection, service, asking, file, content, name)
-                model = keep_model(connection, service, asking, upload, asked, converted.model)
-                rows = keep_artifacts(connection, service, asking, model.id, received)
-                document = {"artifacts": [Artifact.of(row).model_dump(mode="json") for row in rows]}
-                return Outcome(200, document, f"/v1/artifacts/{rows[0].id}")
+async def _ended(service: Parts, asking: Owner, identifier: str) -> Job:
+    """Return a job when it has ended, or after the time that a request waits for it."""
 
-            return commit
-
-        outcome = await in_turn(service, work)
-    weights, *others = outcome.document["artifacts"]
-    links = [f'</v1/artifacts/{one["id"]}>; rel="item"; title="{one["filename"]}"' for one in others]
-    headers = {"location": str(outcome.location), "link": ", ".join(links)}
-    if outcome.replayed:
-        headers["idempotent-replayed"] = "true"
-
-    def row() -> sa.Row[Any]:
+    def read() -> Job:
         with service.database.read() as connection:
-            return fetch(connection, ARTIFACTS, asking, weights["id"])
+            return job_of(connection, asking, identifier)
 
-    return download(request, service, await run_sync(row), headers)
+    deadline, pause = time.monotonic() + service.settings.convert_seconds, 0.05
+    while True:
+        job = await run_sync(read)
+        left = deadline - time.monotonic()
+        if job.finished is not None or left <= 0 or service.workers.is_closing():
+            return job
+        await anyio.sleep(min(pause, left))
+        pause = min(1.5 * pause, 0.25)
+
+
+async def _weights(
+    request: Request, service: Parts, asking: Owner, artifacts: list[str], headers: dict[str, str]
+) -> Response:
+    """Answer with the first artifact, and link the others."""
+
+    def read() -> list[sa.Row[Any]]:
+        with service.database.read() as connection:
+            return [fetch(connection, ARTIFACTS, asking, identifier) for identifier in artifacts]
+
+    weights, *others = await run_sync(read)
+    headers["location"] = f"/v1/artifacts/{weights.id}"
+    headers["link"] = ", ".join(f'</v1/artifacts/{one.id}>; rel="item"; title="{one.name}"' for one in others)
+    return download(request, service, weights, headers)
 
 
 def read_form(fields: dict[str, list[str]]) -> ConvertForm:

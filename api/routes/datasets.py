@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import sqlalchemy as sa
 from fastapi import APIRouter, Response
 
@@ -13,6 +15,7 @@ from api.owned import Cursor, Identifier, Limit, add, fetch, page, remove
 from api.parts import Asking, Service
 from api.problems import documented
 from api.schemas import Dataset, DatasetRequest, Page
+from api.store import Content
 from api.tasks import Described, Describing
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
@@ -33,10 +36,13 @@ async def post(
     def prepare() -> Commit:
         with service.database.read() as connection:
             upload = fetch(connection, UPLOADS, asking, body.upload)
-        told = Describing(file=plain(upload.name))
-        path = service.store.path(upload.sha256)
-        with service.sandbox.run("describe", told, Described, {told.file: path}) as finished:
-            document = finished.result.model_dump_json()
+        told = Describing(file=plain(upload.name), targets=body.targets)
+        with (
+            service.store.local(Content(upload.sha256, upload.size)) as path,
+            service.sandbox.run("describe", told, Described, {told.file: path}) as finished,
+        ):
+            asked = body.model_dump(mode="json", include={"targets", "preparation"})
+            document = json.dumps({"asked": asked, "found": finished.result.model_dump(mode="json")})
 
         def commit(connection: sa.Connection) -> Outcome:
             fetch(connection, UPLOADS, asking, upload.id)

@@ -16,6 +16,7 @@ from api.owned import Cursor, Identifier, Limit, fetch, page, remove
 from api.parts import Asking, Service
 from api.problems import ProblemError, documented
 from api.schemas import Model, ModelRequest, Page
+from api.store import Content
 from api.tasks import Inspected, Site
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -37,9 +38,11 @@ async def post(
     def prepare() -> Commit:
         with service.database.read() as connection:
             upload = fetch(connection, UPLOADS, asking, body.upload)
-        told = source(service, upload.name, body.architecture, body.arguments, body.entry)
-        path = service.store.path(upload.sha256)
-        with service.sandbox.run("inspect", told, Inspected, {told.file: path}) as finished:
+        told = source(service.settings, upload.name, body.architecture, body.arguments, body.entry)
+        with (
+            service.store.local(Content(upload.sha256, upload.size)) as path,
+            service.sandbox.run("inspect", told, Inspected, {told.file: path}) as finished,
+        ):
             found = finished.result
 
         def commit(connection: sa.Connection) -> Outcome:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 from fastapi import APIRouter
 
 from api.children import in_turn
-from api.conversions import source_of
-from api.database import MODELS, UPLOADS
+from api.conversions import data_in, source_of
+from api.database import DATASETS, MODELS, UPLOADS
 from api.idempotency import IdempotencyKey, fingerprint, same_request
 from api.owned import fetch
 from api.parts import Asking, Service
 from api.problems import documented
 from api.schemas import PlanRequest, PlanResponse
+from api.store import Content
 from api.tasks import Explained, Explaining
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
@@ -32,10 +34,19 @@ async def post(
         with service.database.read() as connection:
             model = fetch(connection, MODELS, asking, body.model)
             upload = fetch(connection, UPLOADS, asking, model.upload)
-        told = Explaining(source=source_of(service, model, upload), to=body.to, input_shape=body.input_shape)
-        path = service.store.path(upload.sha256)
-        with service.sandbox.run("explain", told, Explained, {told.source.file: path}) as finished:
-            return finished.result
+            dataset = None if body.dataset is None else fetch(connection, DATASETS, asking, body.dataset)
+            inputs = None if dataset is None else fetch(connection, UPLOADS, asking, dataset.upload)
+        told, data = source_of(service, model, upload), None
+        with ExitStack() as stack:
+            there = service.store.local(Content(upload.sha256, upload.size))
+            files = {told.file: stack.enter_context(there)}
+            if dataset is not None and inputs is not None:
+                data = data_in(dataset, inputs, batch_size=2, samples=2)
+                there = service.store.local(Content(inputs.sha256, inputs.size))
+                files[data.file] = stack.enter_context(there)
+            wanted = Explaining(source=told, to=body.to, input_shape=body.input_shape, data=data)
+            with service.sandbox.run("explain", wanted, Explained, files) as finished:
+                return finished.result
 
     found = await in_turn(service, work)
     return PlanResponse(

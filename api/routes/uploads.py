@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from api.answering import CREATED, answered
 from api.database import UPLOADS
-from api.idempotency import Commit, IdempotencyKey, Outcome, fingerprint, once
+from api.idempotency import Commit, IdempotencyKey, Outcome, at_once, fingerprint
 from api.keys import Owner
 from api.owned import Cursor, Identifier, Limit, fetch, page, remove
 from api.parts import Asking, Parts, Service
@@ -67,7 +67,7 @@ async def put(
     async with incoming(request, service, asking) as file:
         content = await receive_raw(request, service, file)
         commit = kept(service, asking, file, content, name)
-        return answered(await run_sync(once, service.database, asking, None, "", lambda: commit))
+        return answered(await run_sync(at_once, service.database, asking, None, "", commit))
 
 
 @router.post(
@@ -87,7 +87,7 @@ async def post(
         name = checked_name(given)
         commit = kept(service, asking, file, content, name)
         same = fingerprint("uploads", name, content.sha256)
-        work = partial(once, service.database, asking, idempotency_key, same, lambda: commit)
+        work = partial(at_once, service.database, asking, idempotency_key, same, commit)
         return answered(await run_sync(work))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import secrets
@@ -71,6 +72,17 @@ class Server:
         self._process.send_signal(signal.SIGQUIT)
         self._process.wait(30)
 
+    def kill(self) -> None:
+        """Kill it with every process of it, as a machine that fails does."""
+        for pid in [*_children(self._process.pid), self._process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait(30)
+
+    def start(self) -> None:
+        """Start it again."""
+        self._process = self._start()
+
     def _start(self) -> subprocess.Popen[bytes]:
         data, log = self._folder / "data", self._folder / "log"
         serve = [_binary("postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(self._port)]
@@ -104,6 +116,11 @@ def cluster() -> Iterator[Server]:
             server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _children(pid: int) -> list[int]:
+    """Return a process's children (Linux)."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _binaries() -> Path | None:

@@ -153,8 +153,8 @@ class Search:
     """A search that can be driven by hand: what ``search`` does, step by step.
 
     Making one prepares the study: space, costs, veto, ties, prior and first plans, each once for all workers
-    and resumptions. Then ``optimize``, or ``ask`` for a trial, take its ``plan`` and ``tell`` what it scored;
-    at the end ``result``.
+    and resumptions. Then ``optimize``, or ``ask`` for a trial, take its ``plan`` (or ``evaluate`` it) and
+    ``tell`` what it scored; at the end ``result``.
 
     Args: as for ``search``.
 
@@ -272,6 +272,57 @@ class Search:
             self.memory.keep("n_trials", self.n_trials)
             work(self.study, self._evaluation, self.n_trials, on_progress=on_progress)
 
+    def resume(self, number: int) -> Trial:
+        """Return a running trial by its number, its parameters suggested unless they were before.
+
+        Raises:
+            SearchError: there is no such trial.
+
+        """
+        found = [one for one in self.study.get_trials(deepcopy=False) if one.number == number]
+        if not found:
+            raise SearchError(f"the study has no trial {number}; ask for one")
+        trial = Trial(self.study, found[0]._trial_id)
+        for name, distribution in self.space.distributions.items():
+            trial.suggest_categorical(name, distribution.choices)
+        return trial
+
+    def evaluate(self, trial: Trial) -> tuple[float, ...]:
+        """Convert, run the objective on a trial's plan and return its numbers with costs; it is not told.
+
+        Raises:
+            optuna.TrialPruned: a known cost is above what a constraint allows.
+            SearchError: the objective returned something else than finite numbers.
+
+        """
+        return self._evaluation.trial(self.study, trial)
+
+    def unconfirmed(self, *, confirm: int = 5, top: int = 3) -> list[tuple[Candidate, int]]:
+        """Return which plans are still to be run again before ``result``, each with its seed.
+
+        Raises:
+            SearchError: no trial meets the constraints.
+
+        """
+        kept = self.memory.read("confirmation") or {}
+        given = candidates(self.study, self.space, top if confirm else 1, self.memory.prior())
+        pairs = [(candidate, seed) for seed in self._seeds(confirm) for candidate in given]
+        return [pair for pair in pairs if _key(*pair) not in kept] if confirm else []
+
+    def confirm(self, candidate: Candidate, seed: int) -> float:
+        """Run a plan again under a seed, on data that no trial saw if the objective has some; keep the score.
+
+        Raises:
+            SearchError: it fails.
+
+        """
+        kept: dict[str, float] = self.memory.read("confirmation") or {}
+        key = _key(candidate, seed)
+        if key not in kept:
+            kept[key] = self._again(candidate, seed)[0]
+            self.memory.keep("confirmation", kept)
+        return kept[key]
+
     def result(
         self, *, confirm: int = 5, top: int = 3, on_progress: OnProgress | None = None
     ) -> SearchResult:
@@ -285,21 +336,14 @@ class Search:
         check_whole("top", top, 1)
         if self._objective is None:
             raise SearchError("this search has no objective to confirm by; see study.best_trials instead")
-        memory = self.memory
+        memory, seeds = self.memory, self._seeds(confirm)
         given = candidates(self.study, self.space, top if confirm else 1, memory.prior())
-        own = getattr(self._objective, "confirm", None)
-        run = self._objective if own is None else own
-        seeds = [memory.settings().seed + 1 + number for number in range(max(confirm, 1))]
         stage = Stage("confirming", confirm * len(given), on_progress)
-        kept: dict[str, float] = memory.read("confirmation") or {}
 
         def score(candidate: Candidate, seed: int) -> float:
-            key = f"{candidate.number}/{seed}"
-            if key not in kept:
-                kept[key] = self._again(run, candidate, seed)[0]
-                memory.keep("confirmation", kept)
-            stage.advance(f"trial {candidate.number}, seed {seed}: {kept[key]:.4g}")
-            return kept[key]
+            found = self.confirm(candidate, seed)
+            stage.advance(f"trial {candidate.number}, seed {seed}: {found:.4g}")
+            return found
 
         maximize = memory.settings().directions[0] == "maximize"
         if confirm:
@@ -309,7 +353,7 @@ class Search:
             sign = 1.0 if maximize else -1.0
             chosen, rows = max(range(len(given)), key=lambda i: (sign * given[i].value, -i)), []
         best = given[chosen]
-        _, model = self._again(run, best, seeds[0], keep=True)
+        _, model = self._again(best, seeds[0], keep=True)
         assert model is not None
         return SearchResult(
             best=self.space.plan(best.params),
@@ -319,16 +363,22 @@ class Search:
             confirmation=tuple(rows),
             chosen=chosen,
             candidates=tuple(given),
-            same_split=own is None,
+            same_split=getattr(self._objective, "confirm", None) is None,
             costs=memory.costs(),
             sensitivity=self.sensitivity,
             prior=memory.prior(),
         )
 
+    def _seeds(self, confirm: int) -> list[int]:
+        """Return fresh seeds, one at least."""
+        return [self.memory.settings().seed + 1 + number for number in range(max(confirm, 1))]
+
     def _again(
-        self, run: Objective, candidate: Candidate, seed: int, *, keep: bool = False
+        self, candidate: Candidate, seed: int, *, keep: bool = False
     ) -> tuple[float, nn.Module | None]:
         """Run a plan under another seed; what fails there is named."""
+        objective: Any = self._objective
+        run: Objective = getattr(objective, "confirm", None) or objective
         try:
             return self._evaluation.again(run, candidate.params, candidate.number, seed, keep=keep)
         except SearchError:
@@ -339,3 +389,7 @@ class Search:
                 f"({type(error).__name__}: {error}); mend the objective and go on with the same call: what "
                 "is done is kept where the study has a name or a storage"
             ) from error
+
+
+def _key(candidate: Candidate, seed: int) -> str:
+    return f"{candidate.number}/{seed}"

@@ -1,0 +1,221 @@
+"""Conversions, calibrations and sensitivities, with everything that is written of them."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import normsearch
+from api.engine import data
+from api.engine.sources import Report, converted, following, inspected, loaded, original, said, wanted
+from api.tasks import (
+    Calibrated,
+    Calibrating,
+    Converted,
+    Converting,
+    Decision,
+    Explained,
+    Explaining,
+    Made,
+    Refusal,
+    Rung,
+    Sensed,
+    Sensing,
+)
+from normsearch.architectures import Architecture
+from normsearch.checkpoints import save
+from normsearch.errors import NormsearchError
+from normsearch.methods import METHODS
+from normsearch.plans import Plan
+from normsearch.rebuilding import script_names, scripts
+from normsearch.reporting import Document, document, parts
+from normsearch.reports import Environment
+
+
+class Writing:
+    """The files that a piece of work leaves in its folder.
+
+    Attributes:
+        files: what was written.
+        notes: what could not be.
+
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self._folder, self._stem = folder, stem
+        self.files: list[Made] = []
+        self.notes: list[str] = []
+
+    def weights(self, model: nn.Module, architecture: Architecture, plan: Plan, what: str) -> None:
+        """Write weights, the script that rebuilds their network, and the plan."""
+        name = f"{self._stem}-{what}.safetensors"
+        save(model, self._folder / name, architecture=architecture, plan=plan)
+        self.files.append(Made(name=name, role="weights", media_type="application/octet-stream"))
+        names = script_names(name)
+        try:
+            texts = scripts(model, architecture, plan, name, names)
+        except NormsearchError as error:
+            # What a script cannot show is no reason to lose the checkpoint.
+            texts = {}
+            self.notes.append(f"no {names[0]}: {said(str(error), self._folder)}"[:4000])
+        for (script, text), role in zip(texts.items(), ("script", "layers"), strict=False):
+            self._write(script, role, "text/x-python", text)
+        self._write(f"{self._stem}-plan.json", "plan", "application/json", plan.to_json())
+
+    def report(self, made: Document) -> None:
+        """Write a report as JSON and as a page."""
+        self._write(f"{self._stem}-report.json", "report", "application/json", made.to_json())
+        self._write(f"{self._stem}-report.html", "page", "text/html; charset=utf-8", made.to_html())
+
+    def sensitivity(self, found: normsearch.Sensitivity) -> None:
+        """Write what a measurement found."""
+        self._write(f"{self._stem}-sensitivity.json", "sensitivity", "application/json", found.to_json())
+
+    def _write(self, name: str, role: Any, media_type: Any, text: str) -> None:
+        (self._folder / name).write_text(text, "utf-8")
+        self.files.append(Made(name=name, role=role, media_type=media_type))
+
+
+def explain(asked: Explaining, folder: Path, report: Report) -> Explained:
+    """Say which method would stand at each site, and why not."""
+    found = loaded(asked.source, folder)
+    given = data.inputs(found.model, asked.data, asked.input_shape, folder, 2)
+    first, to = (None if given is None else next(iter(given))), wanted(asked.to)
+    explained = normsearch.explain(found.model, to, inputs=first)
+    rows = [
+        Decision(
+            site=row.site.path,
+            method=None if row.method is None else str(row.method),
+            exact=None if row.method is None else row.method.exact_at(row.site),
+            refusals=tuple(
+                Refusal(method=one.method, reason=one.reason, fix=said(one.remedy, folder))
+                for one in row.refusals
+            ),
+            notes=tuple(said(note, folder) for note in row.notes),
+        )
+        for row in explained.rows
+    ]
+    plan = None
+    if not explained.refusals:
+        plan = normsearch.plan(found.model, to, inputs=first).to_json()
+    return Explained(rows=rows, notes=tuple(said(note, folder) for note in explained.notes), plan=plan)
+
+
+def convert(asked: Converting, folder: Path, report: Report) -> Converted:
+    """Replace the layers of a checkpoint."""
+    before = original(asked.source, folder)
+    known = inspected(before, asked.source, folder)
+    given = data.inputs(before.model, asked.data, asked.input_shape, folder)
+    first = None if given is None else next(iter(given))
+    if asked.plan is not None:
+        plan = Plan.from_json(asked.plan)
+    else:
+        plan = normsearch.plan(before.model, wanted(asked.to), inputs=first)
+    model = normsearch.convert(before.model, plan, inputs=first, keep=asked.keep)
+    written = Writing(folder, asked.stem)
+    written.weights(model, before.architecture, plan, "converted")
+    written.report(
+        document(
+            before.model,
+            model,
+            plan,
+            given,
+            title=str(before.architecture),
+            notes=data.notes_on(asked.data, given),
+            on_progress=following(report),
+        )
+    )
+    return Converted(
+        model=known,
+        files=written.files,
+        changed=len(plan.changes),
+        exact=plan.exact,
+        batch_independent=plan.batch_independent,
+        notes=(*before.notes, *written.notes),
+    )
+
+
+def calibrate(asked: Calibrating, folder: Path, report: Report) -> Calibrated:
+    """Bring a converted checkpoint back to its original."""
+    before = original(asked.source, folder)
+    model, plan = converted(asked.converted, before, asked.source, folder)
+    given = data.batches(before.model, asked.data, folder)
+    kept = given.kept()
+    follow = following(report)
+    calibrated = normsearch.calibrate(
+        model,
+        before.model,
+        kept,
+        budget=asked.budget,
+        parameters=asked.parameters,
+        seed=asked.seed,
+        on_progress=follow,
+    )
+    record = normsearch.calibration_record(calibrated)
+    assert record is not None
+    written = Writing(folder, asked.stem)
+    written.weights(calibrated, before.architecture, plan, "calibrated")
+    written.report(
+        document(
+            before.model,
+            model,
+            plan,
+            kept,
+            calibrated=calibrated,
+            title=str(before.architecture),
+            notes=given.notes,
+            on_progress=follow,
+        )
+    )
+    return Calibrated(
+        files=written.files,
+        before=_finite(record.error.before),
+        after=_finite(record.error.after),
+        rungs=[Rung(**{**asdict(rung), "error": _finite(rung.error)}) for rung in record.rungs],
+        notes=(*before.notes, *written.notes),
+    )
+
+
+def sensitivity(asked: Sensing, folder: Path, report: Report) -> Sensed:
+    """Measure how far the output moves when one site changes."""
+    before = original(asked.source, folder)
+    given = data.inputs(before.model, asked.data, asked.input_shape, folder)
+    methods = asked.methods or tuple(name for name in METHODS if name != "batch")
+    found = normsearch.sensitivity(
+        before.model, methods, given, sites=asked.sites, on_progress=following(report)
+    )
+    vetoes = found.vetoes(asked.threshold)
+    # What a network is like, before anything is changed: the plan that changes nothing.
+    plan = normsearch.plan(before.model, "batch")
+    notes = data.notes_on(asked.data, given)
+    sections = (
+        parts.heat_map(found, plan, asked.threshold),
+        parts.notes(plan, notes, None, found.refusals),
+    )
+    written = Writing(folder, asked.stem)
+    written.sensitivity(found)
+    written.report(
+        Document(
+            title=str(before.architecture),
+            environment=Environment.here(before.model),
+            normsearch=normsearch.__version__,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            sections=tuple(part for part in sections if part is not None),
+        )
+    )
+    return Sensed(
+        files=written.files,
+        sites=len(found.sites),
+        methods=found.methods,
+        vetoes=vetoes,
+        notes=(*before.notes, *notes, *written.notes),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

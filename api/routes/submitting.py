@@ -1,0 +1,135 @@
+"""Work that takes longer than a request: each POST makes a job, which workers run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy as sa
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+
+from api import jobs
+from api.answering import CREATED, answered
+from api.database import ARTIFACTS, DATASETS, MODELS, UPLOADS
+from api.idempotency import IdempotencyKey, Outcome, at_once, fingerprint
+from api.job_schemas import CalibrationRequest, ConversionRequest, Job, SearchRequest, SensitivityRequest
+from api.keys import Owner
+from api.owned import fetch
+from api.parts import Asking, Parts, Service
+from api.problems import ProblemError, documented
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+#: What a job is called, and the ids of what it reads.
+_Reads = Callable[[sa.Connection], dict[str, Any]]
+_ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {"description": "It waits for a worker; `Location` is the job", **CREATED},
+    **documented(404, 409, 413, 422, 507),
+}
+
+
+async def submitted(
+    service: Parts, asking: Owner, key: str | None, kind: jobs.Kind, body: BaseModel, reads: _Reads
+) -> Response:
+    """Make a job, once for each Idempotency-Key."""
+
+    def commit(connection: sa.Connection) -> Outcome:
+        row = jobs.submit(
+            connection, service.queue, service.settings, asking, kind, body, **reads(connection)
+        )
+        return Outcome(202, Job.of(row).model_dump(mode="json"), f"/v1/jobs/{row.id}")
+
+    same = fingerprint(kind, body.model_dump(mode="json"))
+    outcome = await run_sync(lambda: at_once(service.database, asking, key, same, commit))
+    service.workers.start()
+    return answered(outcome)
+
+
+def _model(
+    connection: sa.Connection, asking: Owner, model: str, dataset: str | None, **others: Any
+) -> dict[str, Any]:
+    row = fetch(connection, MODELS, asking, model)
+    if dataset is not None:
+        fetch(connection, DATASETS, asking, dataset)
+    upload = fetch(connection, UPLOADS, asking, row.upload)
+    return {"name": upload.name, "model": model, "dataset": dataset, **others}
+
+
+@router.post(
+    "/conversions", summary="Convert a model", status_code=202, response_model=Job, responses=_ACCEPTED
+)
+async def convert(
+    body: ConversionRequest, service: Service, asking: Asking, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Replace the BatchNorm layers of a model; makes weights, script, plan and report."""
+    return await submitted(
+        service,
+        asking,
+        idempotency_key,
+        "conversion",
+        body,
+        lambda connection: _model(connection, asking, body.model, body.dataset),
+    )
+
+
+@router.post(
+    "/calibrations",
+    summary="Calibrate a conversion",
+    status_code=202,
+    response_model=Job,
+    responses=_ACCEPTED,
+)
+async def calibrate(
+    body: CalibrationRequest, service: Service, asking: Asking, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Bring converted weights back to their original; makes weights, script, plan and a report of both."""
+
+    def reads(connection: sa.Connection) -> dict[str, Any]:
+        weights = fetch(connection, ARTIFACTS, asking, body.weights)
+        if weights.role != "weights":
+            raise ProblemError(
+                422, "refused", f"{body.weights} is a {weights.role}; give the weights of a conversion"
+            )
+        return _model(connection, asking, weights.model, body.dataset, artifact=weights.id)
+
+    return await submitted(service, asking, idempotency_key, "calibration", body, reads)
+
+
+@router.post(
+    "/sensitivities", summary="Measure sensitivity", status_code=202, response_model=Job, responses=_ACCEPTED
+)
+async def sense(
+    body: SensitivityRequest, service: Service, asking: Asking, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Measure how far the output moves when one site changes, for every site and method."""
+    return await submitted(
+        service,
+        asking,
+        idempotency_key,
+        "sensitivity",
+        body,
+        lambda connection: _model(connection, asking, body.model, body.dataset),
+    )
+
+
+@router.post(
+    "/searches", summary="Search the best plan", status_code=202, response_model=Job, responses=_ACCEPTED
+)
+async def search(
+    body: SearchRequest, service: Service, asking: Asking, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Train a few dozen plans shortly, confirm the best on data that no trial saw, return it trained."""
+    most = service.settings.search_trials
+    if "trials" not in body.model_fields_set:
+        body = body.model_copy(update={"trials": min(body.trials, most)})
+    if body.trials > most:
+        raise ProblemError(422, "invalid-request", f"trials: at most {most} here; the operator sets the most")
+    return await submitted(
+        service,
+        asking,
+        idempotency_key,
+        "search",
+        body,
+        lambda connection: _model(connection, asking, body.model, body.dataset),
+    )
