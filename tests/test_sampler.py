@@ -97,8 +97,7 @@ def test_a_walk_expects_what_predict_does(seed: int, with_prior: bool) -> None:
         now = points(seed + 1)[1][:3]
         walk = Goal(scores, model).walk(now)
         for site in [*range(space.sites), *rng.permutation(space.sites)]:
-            mean, deviation = walk.changes(site, True)
-            assert walk.changes(site, False)[0] == pytest.approx(mean)
+            mean, deviation = walk.changes(site)
             for method in np.flatnonzero(space.allowed[site]):
                 changed = now.copy()
                 changed[:, site] = method

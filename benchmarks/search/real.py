@@ -70,7 +70,7 @@ GRADIENT = ("switchable", "batch_instance")
 class _WithoutFirst(NormSampler):
     """NormSampler that starts at random."""
 
-    def _first(self, problem: Any) -> list[Any]:
+    def _first(self, problem: Any, ceilings: Any) -> list[Any]:
         return []
 
 

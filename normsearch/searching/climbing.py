@@ -1,13 +1,15 @@
-"""Where is what one hopes for best? Climbs over plans that change one site at a time."""
+"""Which plan promises most? Climbs over plans that change one site at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from normsearch.searching.acquisitions import Acquisition
+from normsearch.searching.ceilings import Ceilings
 from normsearch.searching.surrogate import Floats, Plans, PlanSurrogate, Space
 
 _SWEEPS = 8
@@ -16,7 +18,7 @@ _SWEEPS = 8
 class Walk(Protocol):
     """What is expected of a few plans, (S, L), while their sites change."""
 
-    def changes(self, site: int, deviations: bool) -> tuple[Floats, Floats]:
+    def changes(self, site: int) -> tuple[Floats, Floats]:
         """Return means and deviations for every method at one site, (S, K) each."""
 
     def set(self, site: int, methods: Plans) -> None:
@@ -54,7 +56,7 @@ class _SumWalk:
         self._table, self._plans = table, plans.copy()
         self._sums = table[np.arange(len(table)), plans].sum(1)
 
-    def changes(self, site: int, deviations: bool) -> tuple[Floats, Floats]:
+    def changes(self, site: int) -> tuple[Floats, Floats]:
         row = self._table[site]
         sums = self._sums[:, None] - row[self._plans[:, site]][:, None] + row
         return sums, np.zeros_like(sums)
@@ -93,15 +95,12 @@ class _SurrogateWalk:
         self._prior_sum = surrogate.slopes @ surrogate.prior_mean(plans)
         self._index = np.arange(len(plans))
 
-    def changes(self, site: int, deviations: bool) -> tuple[Floats, Floats]:
-        # Without deviations they are given as almost zero: they take most of the time.
+    def changes(self, site: int) -> tuple[Floats, Floats]:
         surrogate = self._surrogate
         before = self._plans[:, site]
         cross = self._changed(site)
         row = self._prior[site]
         expected = cross @ surrogate.weights + (self._prior_sum - row[before])[:, None] + row
-        if not deviations:
-            return surrogate.scores(expected, np.zeros(1))
         flat = cross.reshape(-1, cross.shape[2])
         explained = np.einsum("ij,ij->i", flat @ surrogate.inverse, flat).reshape(cross.shape[:2])
         squares = np.square(self._counts).sum(1)[:, None] + 2 * (
@@ -135,46 +134,47 @@ class _SurrogateWalk:
 
 
 class Climb:
-    """The search for the plan whose hoped-for score is best among plans not seen yet."""
+    """The search for the plan that promises most among plans not seen yet.
+
+    Args:
+        space: which methods each site may have.
+        goals: the objectives.
+        promise: what is expected of them as one number.
+        ceilings: what plans must keep to.
+        seen: plans that are not proposed.
+
+    """
 
     def __init__(
         self,
         space: Space,
         goals: Sequence[Goal],
-        weights: Floats,
-        hope: float,
-        seen: set[tuple[int, ...]],
+        promise: Acquisition,
+        ceilings: Ceilings,
+        seen: Set[tuple[int, ...]],
     ) -> None:
-        self._space, self._goals, self._weights, self._hope, self._seen = space, goals, weights, hope, seen
-
-    def _score(self, predictions: list[tuple[Floats, Floats]]) -> Floats:
-        if len(self._goals) == 1:
-            mean, deviation = predictions[0]
-            return np.asarray(mean + self._hope * deviation)
-        # Augmented Chebyshev scalarisation reaches concave parts of the front, which a weighted sum does not.
-        parts = []
-        for goal, weight, (mean, deviation) in zip(self._goals, self._weights, predictions, strict=True):
-            low, high = float(goal.values.min()), float(goal.values.max())
-            parts.append(weight * (mean + self._hope * deviation - low) / ((high - low) or 1.0))
-        stacked = np.stack(parts)
-        return np.asarray(stacked.min(0) + 0.05 * stacked.sum(0))
+        self._space, self._goals, self._promise = space, goals, promise
+        self._ceilings, self._seen = ceilings, seen
 
     def best_of(self, plans: Plans, count: int) -> list[Plans]:
-        """Return the evaluated plans that score best."""
-        scores = self._score([goal.model.predict(plans) for goal in self._goals])
+        """Return the evaluated plans that promise most."""
+        scores = self._promise([goal.model.predict(plans) for goal in self._goals])
         return [plans[i] for i in np.argsort(-scores, kind="stable")[:count]]
 
     def climb(self, starts: Sequence[Plans], rng: np.random.Generator) -> Plans:
-        """Return the best unseen plan that changes of one site reach from any start."""
-        plans = np.array(starts)
+        """Return the best unseen plan that changes of one site reach from any start.
+
+        If a plan under the ceilings was not seen, it is one of these.
+        """
+        plans = np.array([self._ceilings.near(plan) for plan in starts])
         walks = [goal.walk(plans) for goal in self._goals]
         scores = np.full((len(plans), *self._space.allowed.shape), -np.inf)
         rows = np.arange(len(plans))
         for sweep in range(_SWEEPS):
             moved = False
             for site in rng.permutation(self._space.sites):
-                now = self._score([walk.changes(site, self._hope > 0) for walk in walks])
-                now = np.where(self._space.allowed[site], now, -np.inf)
+                now = self._promise([walk.changes(site) for walk in walks])
+                now = np.where(self._ceilings.permitted(plans, site), now, -np.inf)
                 scores[:, site] = now
                 best = now.argmax(1)
                 better = now[rows, best] > now[rows, plans[:, site]] + 1e-9
@@ -199,8 +199,5 @@ class Climb:
             if tuple(plan) not in self._seen:
                 return plan
         # Every plan near the ends was seen: any unseen one will do, if there is one.
-        for _ in range(1000):
-            plan = self._space.random(rng)
-            if tuple(plan) not in self._seen:
-                break
-        return plan
+        found = self._ceilings.unseen(self._seen, rng)
+        return self._space.random(rng) if found is None else found

@@ -13,14 +13,21 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from normsearch.errors import SearchError
+from normsearch.searching.acquisitions import (
+    Acquisition,
+    hypervolume_improvement,
+    scalarisation,
+    upper_bound,
+)
+from normsearch.searching.ceilings import Ceilings
 from normsearch.searching.climbing import Climb, Goal, KnownSum
 from normsearch.searching.surrogate import Floats, Plans, PlanSurrogate, Space
 
 #: Contribution of each choice of each parameter: {"layer1.bn": {"group": 0.1, "batch": -0.2}, …}.
 Table = Mapping[str, Mapping[str, float]]
 
-#: How many standard deviations a proposal may hope for, in turn: exploring, balanced, exploiting.
-_HOPES = (2.0, 0.5, 0.0)
+#: How many standard deviations a proposal may hope for.
+_HOPE = 2.0
 _STARTS = 3
 
 
@@ -28,9 +35,11 @@ class NormSampler(BaseSampler):
     """Propose plans by a Gaussian process over assignments of methods to sites.
 
     The first trials are the uniform plans and, without a prior, designs in which every site meets every
-    method once; then each proposal climbs, one site at a time, to where mean + h·deviation of the process
-    (see ``normsearch.searching.surrogate``) is best, with h = 2, 0.5, 0 in turn. No plan is proposed twice,
-    and running trials count as if they had returned what is expected of them. Proposals depend on the seed,
+    method once; then each proposal climbs, one site at a time, to where mean + 2·deviation of the process
+    (see ``normsearch.searching.surrogate``) is best. With two objectives of which one is a known sum, it
+    climbs to where the dominated area is expected to grow most, with others to a random scalarisation's best.
+    No plan is proposed twice, and none over a ceiling as long as there is one under it; running trials count
+    as if they had returned what is expected of them. Proposals depend on the seed,
     the trial's number and the trials so far only: a study that is resumed goes on as it would have.
 
     A trial whose constraints are violated, or whose score is infinitely bad, counts as the worst so far; the
@@ -43,9 +52,11 @@ class NormSampler(BaseSampler):
             positive factor; how far it is trusted is fitted anew at each proposal. A hint, not a bound.
         costs: for studies with several objectives, the index of an objective that is a sum over parameters,
             and what each choice adds to it (latency, memory): it needs no model then.
+        ceilings: limits on known sums over parameters: what each choice adds, and the largest sum that a plan
+            may have.
 
     Raises:
-        SearchError: ``seed`` is negative or no whole number, or a table holds anything but finite numbers.
+        SearchError: ``seed`` is negative or no whole number, or a table or limit is no finite number.
 
     Example:
         >>> import optuna
@@ -62,13 +73,22 @@ class NormSampler(BaseSampler):
     """
 
     def __init__(
-        self, *, seed: int = 0, prior: Table | None = None, costs: Mapping[int, Table] | None = None
+        self,
+        *,
+        seed: int = 0,
+        prior: Table | None = None,
+        costs: Mapping[int, Table] | None = None,
+        ceilings: Sequence[tuple[Table, float]] = (),
     ) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise SearchError(f"seed={seed!r}: give a whole number, at least 0")
         self._seed = seed
         self._prior = None if prior is None else _checked("prior", prior)
         self._costs = {index: _checked(f"costs[{index}]", table) for index, table in (costs or {}).items()}
+        self._ceilings = [
+            (_checked(f"ceilings[{index}]", table), _finite(f"ceilings[{index}]'s limit", limit))
+            for index, (table, limit) in enumerate(ceilings)
+        ]
         self._spaces = IntersectionSearchSpace()
         self._problem: _Problem | None = None
 
@@ -100,17 +120,20 @@ class NormSampler(BaseSampler):
         ]
         broken = [t for t in _trials(study, TrialState.FAIL, TrialState.PRUNED) if problem.holds(t)]
         seen = {problem.read(t) for t in (*done, *running, *broken)}
-        first = next((plan for plan in self._first(problem) if tuple(plan) not in seen), None)
-        if first is not None or len(done) < 2:
-            return problem.write(problem.space.random(rng) if first is None else first)
+        ceilings = problem.ceilings(self._ceilings)
+        first = next((plan for plan in self._first(problem, ceilings) if tuple(plan) not in seen), None)
+        if first is None and len(done) < 2:
+            first = ceilings.unseen(seen, rng)
+            first = problem.space.random(rng) if first is None else first
+        if first is not None:
+            return problem.write(first)
         plans = np.array([problem.read(t) for t in done])
         waiting = np.array([problem.read(t) for t in running]).reshape(-1, len(search_space))
         goals = [
             self._goal(problem, study, index, plans, done, waiting) for index in range(len(study.directions))
         ]
-        weights = np.ones(1) if len(goals) == 1 else rng.dirichlet(np.ones(len(goals)))
-        hope = _HOPES[trial.number % len(_HOPES)]
-        search = Climb(problem.space, goals, weights, hope, seen)
+        allowed = np.array([_allowed(trial) for trial in done])
+        search = Climb(problem.space, goals, self._promise(goals, plans[allowed], rng), ceilings, seen)
         starts = [*search.best_of(plans, _STARTS - 1), problem.space.random(rng)]
         return problem.write(search.climb(starts, rng))
 
@@ -137,17 +160,35 @@ class NormSampler(BaseSampler):
 
         return RandomSampler(seed=(self._seed * 1_000_003 + trial.number) % 2**32)
 
-    def _first(self, problem: _Problem) -> list[Plans]:
-        """Return every uniform plan; without a prior, then as many where each site meets each method once."""
+    def _first(self, problem: _Problem, ceilings: Ceilings) -> list[Plans]:
+        """Return every uniform plan; without a prior, then as many where each site meets each method once.
+
+        Uniform plans over a ceiling are left out, the others replaced by what is near and under it.
+        """
         methods = problem.space.methods
         uniform = [problem.permitted(np.full(problem.space.sites, number)) for number in range(methods)]
+        uniform = [plan for plan in uniform if ceilings.permit(plan)]
         if self._prior is not None:
             return uniform
         shuffled = np.random.default_rng([self._seed, methods]).permuted(
             np.tile(np.arange(methods), (problem.space.sites, 1)), axis=1
         )
-        designs = [problem.permitted(shuffled[:, number]) for number in range(methods)]
-        return [*uniform, *designs]
+        designs = [ceilings.near(problem.permitted(shuffled[:, number])) for number in range(methods)]
+        return [*uniform, *filter(ceilings.permit, designs)]
+
+    def _promise(self, goals: Sequence[Goal], allowed: Plans, rng: np.random.Generator) -> Acquisition:
+        """Return what makes a plan worth a trial, given the plans that meet all constraints."""
+        if len(goals) == 1:
+            return upper_bound(_HOPE)
+        known = [isinstance(goal.model, KnownSum) for goal in goals]
+        if sorted(known) == [False, True]:
+            uncertain = known.index(False)
+            score, other = goals[uncertain], goals[1 - uncertain]
+            corner = float(score.values.min()), float(other.values.min())
+            expected, sums = (goal.model.predict(allowed)[0] for goal in (score, other))
+            return hypervolume_improvement(expected, sums, corner, uncertain=uncertain)
+        weights = rng.dirichlet(np.ones(len(goals)))
+        return scalarisation([goal.values for goal in goals], weights, _HOPE)
 
     def _goal(
         self,
@@ -161,7 +202,7 @@ class NormSampler(BaseSampler):
         values = np.array([t.values[index] for t in done], dtype=np.float64)
         sign = -1.0 if study.directions[index] == StudyDirection.MINIMIZE else 1.0
         values *= sign
-        infeasible = np.array([any(v > 0 for v in t.constraints.values()) for t in done])
+        infeasible = np.array([not _allowed(trial) for trial in done])
         # As bad as the worst: the process learns to stay away, whatever such a plan scored.
         finite = np.isfinite(values)
         worst = values[finite].min() if finite.any() else 0.0
@@ -224,6 +265,12 @@ class _Problem:
         fits = self.space.allowed[np.arange(len(plan)), plan]
         return np.where(fits, plan, self.space.allowed.argmax(1))
 
+    def ceilings(self, given: Sequence[tuple[Table, float]]) -> Ceilings:
+        """Return ceilings of tables and their limits."""
+        tables = np.array([self.table(table) for table, _ in given])
+        limits = np.array([limit for _, limit in given], dtype=np.float64)
+        return Ceilings(self.space, tables.reshape(-1, *self.space.allowed.shape), limits)
+
     def table(self, given: Table) -> Floats:
         """Return a table as (L, K); what it does not name counts as the mean of what it does."""
         result = np.zeros((len(self.names), len(self._words)))
@@ -234,6 +281,10 @@ class _Problem:
             for number, value in known.items():
                 result[row, number] = value
         return result
+
+
+def _allowed(trial: FrozenTrial) -> bool:
+    return all(value <= 0 for value in trial.constraints.values())
 
 
 def _key(choice: Any) -> tuple[type, Any]:
@@ -248,6 +299,11 @@ def _trials(study: Study, *states: TrialState) -> list[FrozenTrial]:
 def _checked(what: str, table: Table) -> Table:
     for name, row in table.items():
         for choice, value in row.items():
-            if not isinstance(value, int | float) or not np.isfinite(value):
-                raise SearchError(f"{what}[{name!r}][{choice!r}] = {value!r}: give a finite number")
+            _finite(f"{what}[{name!r}][{choice!r}]", value)
     return table
+
+
+def _finite(what: str, value: float) -> float:
+    if not isinstance(value, int | float) or not np.isfinite(value):
+        raise SearchError(f"{what} = {value!r}: give a finite number")
+    return value
