@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from normsearch.errors import SearchError
 from normsearch.searching import NormSampler
+from normsearch.searching.acquisitions import hypervolume_improvement
+from normsearch.searching.ceilings import Ceilings
 from normsearch.searching.climbing import Goal, KnownSum
 from normsearch.searching.surrogate import PlanSurrogate, Space
 
@@ -252,6 +256,97 @@ def test_two_objectives_with_a_known_cost() -> None:
     assert len(front) >= 6
 
 
+def hypervolume(points: Any, corner: tuple[float, float]) -> float:
+    """The area that points dominate above a corner, by counting the cells of the grid that they span."""
+    inside = [p for p in points if p[0] > corner[0] and p[1] > corner[1]]
+    xs, ys = (sorted({corner[axis], *(p[axis] for p in inside)}) for axis in (0, 1))
+    return sum(
+        (right - left) * (high - low)
+        for left, right in itertools.pairwise(xs)
+        for low, high in itertools.pairwise(ys)
+        if any(p[0] >= right and p[1] >= high for p in inside)
+    )
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0, 1]))
+@settings(max_examples=10, deadline=None)
+def test_expected_hypervolume_is_the_mean_of_many_draws(seed: int, uncertain: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, known = rng.normal(size=(2, 6))
+    corner = float(scores.min()), float(known.min())
+    promise = hypervolume_improvement(scores, known, corner, uncertain=uncertain)
+    means, deviations, others = rng.normal(size=3), rng.uniform(0.2, 2, 3), rng.normal(size=3)
+    goals = [(means, deviations), (others, np.zeros(3))]
+    found = promise(goals if uncertain == 0 else goals[::-1])
+    front = list(zip(scores, known, strict=True))
+    before = hypervolume(front, corner)
+    levels = (np.arange(2000) + 0.5) / 2000
+    for value, mean, deviation, other in zip(found, means, deviations, others, strict=True):
+        draws = [mean + deviation * NormalDist().inv_cdf(level) for level in levels]
+        gains = [hypervolume([*front, (draw, other)], corner) - before for draw in draws]
+        assert value == pytest.approx(np.mean(gains), abs=0.01 + 0.01 * value)
+
+
+def ceilings_of(seed: int, count: int) -> tuple[Space, Any, Any, set[tuple[int, ...]]]:
+    """A small space with whole-number sums, their limits, and every plan that keeps to them."""
+    space = points(seed, sites=4)[0]
+    rng = np.random.default_rng(seed)
+    tables = rng.integers(-5, 10, (count, *space.allowed.shape)).astype(float)
+    limits = rng.integers(-10, 25, count).astype(float)
+    plans = itertools.product(*(np.flatnonzero(row).tolist() for row in space.allowed))
+    under = {p for p in plans if (tables[:, range(4), p].sum(1) <= limits).all()}
+    return space, tables, limits, under
+
+
+@given(st.integers(0, 10_000), st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_ceilings_permit_what_the_sums_do(seed: int, count: int) -> None:
+    space, tables, limits, under = ceilings_of(seed, count)
+    ceilings, rng = Ceilings(space, tables, limits), np.random.default_rng(seed)
+    plans = np.stack([space.random(rng) for _ in range(3)])
+    for site in range(space.sites):
+        for row, plan in zip(ceilings.permitted(plans, site), plans, strict=True):
+            changed = [(*plan[:site].tolist(), m, *plan[site + 1 :].tolist()) for m in range(space.methods)]
+            assert row.tolist() == [one in under for one in changed]
+    for plan in plans:
+        assert ceilings.permit(plan) == (tuple(plan) in under)
+        near = tuple(ceilings.near(plan))
+        assert near in under or count > 1 or not under
+        assert near == tuple(plan) or not ceilings.permit(plan)
+    seen: set[tuple[int, ...]] = set()
+    while (found := ceilings.unseen(seen, rng)) is not None:
+        assert tuple(found) not in seen
+        seen.add(tuple(found.tolist()))
+    assert seen == under
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_no_plan_over_a_ceiling_while_there_is_one_under_it(objectives: int) -> None:
+    names = [f"bn{site}" for site in range(6)]
+    costs = {name: {m: float(i) for i, m in enumerate(METHODS)} for name in names}
+    others = {name: {m: float(3 - i) for i, m in enumerate(METHODS)} for name in names}
+
+    def cost(trial: Any) -> float:
+        return sum(costs[name][m] for name, m in trial.params.items())
+
+    def value(trial: optuna.Trial) -> Any:
+        return (objective(trial), cost(trial))[:objectives] if objectives > 1 else objective(trial)
+
+    # Of the sums 0 to 18 of six sites, at most 2: 28 plans.
+    study = optuna.create_study(
+        directions=["maximize", "minimize"][:objectives],
+        sampler=NormSampler(seed=0, costs={1: costs} if objectives > 1 else None, ceilings=[(costs, 2.0)]),
+    )
+    study.optimize(value, n_trials=32)
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == 32
+    assert all(cost(trial) <= 2 for trial in study.trials[:28])
+    # Then there is none left.
+    assert all(cost(trial) > 2 for trial in study.trials[28:])
+    both = optuna.create_study(sampler=NormSampler(seed=0, ceilings=[(costs, 9.0), (others, 9.0)]))
+    both.optimize(objective, n_trials=20)
+    assert all(cost(trial) == 9 for trial in both.trials)
+
+
 @pytest.mark.parametrize("seed", [-1, 1.5, True, "x"])
 def test_a_seed_is_a_whole_number(seed: Any) -> None:
     with pytest.raises(SearchError, match="seed="):
@@ -261,6 +356,13 @@ def test_a_seed_is_a_whole_number(seed: Any) -> None:
 def test_a_prior_holds_finite_numbers() -> None:
     with pytest.raises(SearchError, match=r"prior\['a'\]\['x'\] = nan"):
         NormSampler(prior={"a": {"x": float("nan")}})
+
+
+def test_a_ceiling_is_a_finite_number() -> None:
+    with pytest.raises(SearchError, match=r"ceilings\[0\]'s limit = nan"):
+        NormSampler(ceilings=[({"a": {"x": 1.0}}, float("nan"))])
+    with pytest.raises(SearchError, match=r"ceilings\[1\]\['a'\]\['x'\] = inf"):
+        NormSampler(ceilings=[({}, 1.0), ({"a": {"x": float("inf")}}, 1.0)])
 
 
 def test_plans_of_failed_and_pruned_trials_are_not_proposed_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.trial import TrialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +27,7 @@ from normsearch.searching import (
     BatchIndependent,
     MaxDrop,
     MaxLatency,
+    MaxMemory,
     Recipe,
     Resident,
     Search,
@@ -479,6 +482,22 @@ def test_costs_are_objectives_and_ceilings() -> None:
     assert len(result.study.directions) == 2
     for trial in result.study.trials:
         assert trial.values[1] == result.costs.of(result.space.plan(trial.params), "memory")
+
+
+def test_no_plan_over_a_known_ceiling_is_proposed_or_tried() -> None:
+    given = network()
+    result = normsearch.search(given, Planted(), **OPTIONS, constraints=[MaxMemory(1.0)], inputs=[INPUTS])
+    assert result.costs is not None
+    costs = {tuple(t.params.values()): t for t in result.study.trials}
+    every = itertools.product(*(choice.methods for choice in result.space.choices))
+    names = [choice.name for choice in result.space.choices]
+    plans = {p: result.space.plan(dict(zip(names, p, strict=True))) for p in every}
+    under = {p for p, plan in plans.items() if result.costs.of(plan, "memory") <= result.costs.base("memory")}
+    assert 0 < len(under) < len(plans)
+    # Those there are first: what is over comes when nothing else is left, and is not trained.
+    first = list(costs)[: len(under)]
+    assert set(first) <= under
+    assert all(t.state == TrialState.COMPLETE for p, t in costs.items() if p in under)
 
 
 def test_constraints_on_the_score_and_on_the_batch() -> None:

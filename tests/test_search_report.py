@@ -206,7 +206,7 @@ def test_vetoes_are_shown() -> None:
 
 
 def test_pruned_and_infeasible_trials_say_why() -> None:
-    result = searched(constraints=[MaxLatency(1.0)], n_trials=12)
+    result = searched(constraints=[MaxLatency(1.0)], n_trials=12, sampler="random")
     rows = part(search_report(result), made.Trials).rows
     for row, trial in zip(rows, result.study.trials, strict=True):
         if trial.state.name == "PRUNED":

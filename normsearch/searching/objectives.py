@@ -65,7 +65,7 @@ class Evaluation:
 
         """
         plan = self.space.plan(trial.params)
-        for name, value in self._known(plan).items():
+        for name, value in self.excess(plan).items():
             if name not in trial.constraints:
                 trial.set_constraint(name, value)
             if value > 0:
@@ -102,6 +102,17 @@ class Evaluation:
             value = self.numbers(run(model, trial))[0]
             return value, copied(model) if keep else None
 
+    def excess(self, plan: Plan) -> dict[str, float]:
+        """Return how far known costs are above their ceilings, as a share of the original's."""
+        found = {}
+        for constraint in self.constraints:
+            if isinstance(constraint, MaxLatency | MaxMemory):
+                assert self.table is not None
+                cost = CEILINGS[type(constraint)]
+                ratio = self.table.of(plan, cost) / (self.table.base(cost) or 1.0)
+                found[type(constraint).__name__] = ratio - constraint.ratio
+        return found
+
     def with_costs(self, trial: Trial, returned: Any) -> tuple[float, ...]:
         """Return an objective's numbers with the plan's costs."""
         return (*self.numbers(returned), *self._cost(self.space.plan(trial.params)))
@@ -128,17 +139,6 @@ class Evaluation:
         if not all(map(math.isfinite, values)):
             raise SearchError(f"the objective returned {', '.join(map(str, values))}; return finite numbers")
         return values
-
-    def _known(self, plan: Plan) -> dict[str, float]:
-        """Return how far known costs are above their ceilings, as a share of the original's."""
-        found = {}
-        for constraint in self.constraints:
-            if isinstance(constraint, MaxLatency | MaxMemory):
-                assert self.table is not None
-                cost = CEILINGS[type(constraint)]
-                ratio = self.table.of(plan, cost) / (self.table.base(cost) or 1.0)
-                found[type(constraint).__name__] = ratio - constraint.ratio
-        return found
 
     def _cost(self, plan: Plan) -> tuple[float, ...]:
         return tuple(0.0 if self.table is None else self.table.of(plan, cost) for cost in self.costs)

@@ -14,7 +14,7 @@ from normsearch.errors import NormsearchError, SearchError
 from normsearch.progress import OnProgress
 from normsearch.searching.constraints import CEILINGS, BatchIndependent, MaxDrop
 from normsearch.searching.costs import measure_costs
-from normsearch.searching.objectives import Objective
+from normsearch.searching.objectives import Evaluation, Objective
 from normsearch.searching.resident import Resident
 from normsearch.searching.space import SearchSpace
 from normsearch.searching.studies import Memory, Settings
@@ -87,7 +87,7 @@ def prepare(
         if objective is None:
             raise SearchError("MaxDrop needs the original's score; give the objective")
         memory.keep("reference", _original(resident, space, objective, memory))
-    _enqueue_first(space, memory, settings)
+    _enqueue_first(space, memory, settings, evaluation(resident, space, objective, memory))
     memory.keep("ready", True)
 
 
@@ -126,8 +126,8 @@ def _vetoed(
     return space.without(vetoes, f"alone it moves the output by more than {veto:g}")
 
 
-def _enqueue_first(space: SearchSpace, memory: Memory, settings: Settings) -> None:
-    """Let the uniform plans be tried first, then a few that the prior suggests."""
+def _enqueue_first(space: SearchSpace, memory: Memory, settings: Settings, trials: Evaluation) -> None:
+    """Let the uniform plans be tried first, then a few that the prior suggests; none over a ceiling."""
     first = [("uniform", space.uniform(m)) for m in ("batch", *space.methods) if m in space.methods]
     prior = memory.prior()
     if prior is not None:
@@ -137,7 +137,8 @@ def _enqueue_first(space: SearchSpace, memory: Memory, settings: Settings) -> No
         first += [("prior", _drawn(prior, rng)) for _ in range(_FROM_PRIOR - 1)]
     seen: list[dict[str, str]] = []
     for origin, params in first:
-        if params not in seen:
+        over = any(excess > 0 for excess in trials.excess(space.plan(params)).values())
+        if params not in seen and not over:
             seen.append(params)
             # After an interruption this runs again: what is there already stays once.
             memory.study.enqueue_trial(params, user_attrs={"origin": origin}, skip_if_exists=True)

@@ -144,9 +144,18 @@ class NormSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Return a choice at random; the first trial of a study takes first choices: a uniform plan."""
+        """Return a choice at random; the first trial of a study takes first choices: a uniform plan.
+
+        Choices after which no others keep a ceiling are left out, unless all are.
+        """
         if isinstance(param_distribution, CategoricalDistribution):
-            choices = param_distribution.choices
+            choices = [
+                choice
+                for choice in param_distribution.choices
+                if all(
+                    _least(table, {**trial.params, param_name: choice}) <= m for table, m in self._ceilings
+                )
+            ] or param_distribution.choices
             if trial.number == 0:
                 return choices[0]
             words = np.frombuffer(param_name.encode(), dtype=np.uint8).tolist()
@@ -294,6 +303,14 @@ def _key(choice: Any) -> tuple[type, Any]:
 def _trials(study: Study, *states: TrialState) -> list[FrozenTrial]:
     # As Optuna's own samplers do: one read per trial, however often they are asked for.
     return study._get_trials(deepcopy=False, states=states, use_cache=True)
+
+
+def _least(table: Table, params: Mapping[str, Any]) -> float:
+    """Return the least that a table adds up to, given some of the parameters."""
+    return sum(
+        row[params[name]] if params.get(name) in row else min(row.values(), default=0.0)
+        for name, row in table.items()
+    )
 
 
 def _checked(what: str, table: Table) -> Table:

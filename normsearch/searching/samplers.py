@@ -6,9 +6,11 @@ import optuna
 from optuna.samplers import BaseSampler
 
 from normsearch.errors import SearchError
-from normsearch.searching.sampler import NormSampler
+from normsearch.searching.constraints import CEILINGS, MaxLatency, MaxMemory
+from normsearch.searching.costs import CostTable
+from normsearch.searching.sampler import NormSampler, Table
 from normsearch.searching.space import SearchSpace
-from normsearch.searching.studies import Memory
+from normsearch.searching.studies import Memory, Settings
 
 SAMPLERS = ("auto", "norm", "tpe", "gp", "nsga2", "random")
 
@@ -39,7 +41,9 @@ def sampler_named(name: str, memory: Memory, space: SearchSpace) -> BaseSampler:
                 len(settings.directions) + index: space.by_choice(table.table(cost))
                 for index, cost in enumerate(settings.costs)
             }
-        return NormSampler(seed=seed, prior=memory.prior(), costs=known)
+        return NormSampler(
+            seed=seed, prior=memory.prior(), costs=known, ceilings=_ceilings(settings, table, space)
+        )
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed)
     if name == "gp":
@@ -47,3 +51,17 @@ def sampler_named(name: str, memory: Memory, space: SearchSpace) -> BaseSampler:
     if name == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed)
     return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _ceilings(settings: Settings, table: CostTable | None, space: SearchSpace) -> list[tuple[Table, float]]:
+    """Return what each choice adds to every cost with a ceiling, and how much all may add."""
+    found: list[tuple[Table, float]] = []
+    for constraint in settings.built_constraints():
+        if isinstance(constraint, MaxLatency | MaxMemory):
+            assert table is not None
+            cost = CEILINGS[type(constraint)]
+            # The excess by which ``Evaluation`` prunes, less what no choice changes.
+            added, base = space.by_choice(table.table(cost)), table.base(cost)
+            fixed = sum(min(added.pop(c.name).values()) for c in space.choices if len(c.methods) == 1)
+            found.append((added, constraint.ratio * (base or 1.0) - base - fixed))
+    return found
