@@ -485,19 +485,19 @@ def test_costs_are_objectives_and_ceilings() -> None:
 
 
 def test_no_plan_over_a_known_ceiling_is_proposed_or_tried() -> None:
-    given = network()
-    result = normsearch.search(given, Planted(), **OPTIONS, constraints=[MaxMemory(1.0)], inputs=[INPUTS])
+    result = normsearch.search(
+        network(), Planted(), **OPTIONS, constraints=[MaxMemory(1.0)], inputs=[INPUTS], veto=None
+    )
     assert result.costs is not None
-    costs = {tuple(t.params.values()): t for t in result.study.trials}
-    every = itertools.product(*(choice.methods for choice in result.space.choices))
-    names = [choice.name for choice in result.space.choices]
-    plans = {p: result.space.plan(dict(zip(names, p, strict=True))) for p in every}
-    under = {p for p, plan in plans.items() if result.costs.of(plan, "memory") <= result.costs.base("memory")}
+    table, limit, choices = result.costs, result.costs.base("memory"), result.space.distributions
+    every = itertools.product(*(distribution.choices for distribution in choices.values()))
+    plans = {p: result.space.plan(dict(zip(choices, p, strict=True))) for p in every}
+    under = {p for p, plan in plans.items() if table.of(plan, "memory") <= limit}
     assert 0 < len(under) < len(plans)
-    # Those there are first: what is over comes when nothing else is left, and is not trained.
-    first = list(costs)[: len(under)]
-    assert set(first) <= under
-    assert all(t.state == TrialState.COMPLETE for p, t in costs.items() if p in under)
+    # What is over comes when nothing else is left, and is not trained.
+    tried = [(tuple(t.params[name] for name in choices), t.state) for t in result.study.trials]
+    assert {plan for plan, _ in tried[: len(under)]} == under
+    assert {plan for plan, state in tried if state == TrialState.COMPLETE} == under
 
 
 def test_constraints_on_the_score_and_on_the_batch() -> None:

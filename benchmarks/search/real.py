@@ -51,6 +51,8 @@ SEEDS, TRIALS, CONFIRM, TOP = 5, 40, 5, 3
 FRESH = tuple(range(1000, 1005))
 #: Files of the search that decide what is found; the others keep trials, check arguments and show results.
 _DECIDING = (
+    "acquisitions",
+    "ceilings",
     "climbing",
     "confirming",
     "learned",

@@ -12,7 +12,8 @@ below zero would show one that they missed. In brackets: regret of the same plan
 Priors correlate .4 and .6 with the sites' own effects; the misleading one −.6, the unrelated one 0. Seconds
 are CPU seconds of one thread. Bars: see ``bars``; factorials, whose best plan is soon found, are also looked
 at after 10 and 20 trials. GP gets 40 trials at 53 sites, which is more than equal wall time. Evaluation seeds
-start at 7000; the sampler was tuned on constructed landscapes of others. Finished studies are kept in
+start at 7000; the sampler was tuned on constructed landscapes of others (100 to 139), and on factorials of
+the same two tasks with other methods, steps and training seeds. Finished studies are kept in
 results/regret.jsonl and not run again as long as landscapes and samplers are the same.
 """
 

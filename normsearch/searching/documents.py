@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from normsearch.reporting import Document
 from normsearch.reports import Environment
-from normsearch.searching import parts
+from normsearch.searching import parts, remarks
 from normsearch.searching.findings import Findings
 from normsearch.searching.results import SearchResult
 from normsearch.searching.searches import Search
@@ -51,7 +51,7 @@ def search_report(
         parts.importances(known),
         parts.costs(known),
         parts.sensitivity(known),
-        parts.notes(known, notes),
+        remarks.notes(known, notes),
     ]
     # The package imports this module.
     from normsearch import __version__

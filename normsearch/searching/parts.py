@@ -10,7 +10,6 @@ from normsearch.reporting import parts, sections
 from normsearch.reporting import search_sections as made
 from normsearch.searching.costs import CostTable
 from normsearch.searching.findings import Findings, reason, state
-from normsearch.searching.leases import ERROR
 
 
 def summary(found: Findings) -> made.SearchPart:
@@ -242,57 +241,6 @@ def sensitivity(found: Findings) -> sections.HeatMap | None:
     if drift is None or veto is None or found.best is None:
         return None
     return parts.heat_map(drift, found.best_plan, veto)
-
-
-def notes(found: Findings, given: Sequence[str]) -> sections.Notes | None:
-    """Return what a reader should know, and what was refused."""
-    texts = [*_warnings(found), *given]
-    notes = [sections.Note(text=text) for text in texts]
-    if found.best is not None:
-        notes += [sections.Note(text=t, about=r.site.path) for r in found.best_plan.rows for t in r.notes]
-    refusals = tuple(dict.fromkeys(found.space.refusals))
-    return sections.Notes(notes=tuple(notes), refusals=refusals) if notes or refusals else None
-
-
-def _warnings(found: Findings) -> list[str]:
-    states = Counter(map(state, found.counted))
-    said = []
-    if not found.confirmed:
-        said.append("Nothing is confirmed yet: scores are single runs on the data of the search.")
-    else:
-        seeds = max(len(row.scores) for row in found.confirmed.values())
-        if found.same_split:
-            said.append(
-                "The plans were confirmed on the data that they were chosen by, under fresh seeds alone: "
-                "their scores there flatter them. A Task, or an objective with a confirm method, keeps "
-                "data for it."
-            )
-        if seeds > 1 and all(len(set(row.scores)) == 1 for row in found.confirmed.values()):
-            said.append(
-                "Every seed gave the same scores: nothing that the objective does depends on the seed, "
-                "so that the errors say nothing of the noise."
-            )
-        if seeds == 1:
-            said.append("The confirmation has a single seed: it says nothing of the noise.")
-    finished = sum(states[s] for s in ("complete", "infeasible", "pruned", "failed"))
-    if finished < found.wanted:
-        said.append(f"The search is not finished: {finished} of {found.wanted} trials are done.")
-    reasons = Counter(trial.user_attrs.get(ERROR, "") for trial in found.counted if state(trial) == "failed")
-    said += [
-        f"{count} {'trial' if count == 1 else 'trials'} failed{f': {reason}' if reason else ''}."
-        for reason, count in reasons.most_common(5)
-    ]
-    if states["pruned"]:
-        said.append(f"{states['pruned']} plans were not trained: their known cost is above what is allowed.")
-    if states["infeasible"]:
-        said.append(f"{states['infeasible']} trained plans break a constraint and were not considered.")
-    if len(found.goals) > 1:
-        others = " and ".join(goal.name for goal in found.goals[1:])
-        said.append(
-            f"The plan is the best by {found.goals[0].name}; the Pareto front has those that trade it "
-            f"for {others}."
-        )
-    return said
 
 
 def _dominates(other: Sequence[float], mine: Sequence[float]) -> bool:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError, TrialPruned, UpdateFinishedTrialError
@@ -18,12 +15,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from normsearch.errors import SearchError
 from normsearch.searching.leases import ERROR, HeldLease, Leases, LeaseTerms, persistently
+from normsearch.searching.outcomes import Failures, Outcome, checked, failed
 
 #: The system attribute of trials that two workers made where one was left; they do not count.
 _SURPLUS = "normsearch:surplus"
-#: So many first trials that fail in the same way are no accident.
-_SAME_FAILURES = 3
-_LONGEST_ERROR = 1000
 #: Seconds between two looks at a study whose last trials others are running.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.25
 
@@ -79,7 +74,7 @@ def run_trials(
     if not isinstance(n_trials, int) or isinstance(n_trials, bool) or n_trials < 1:
         raise SearchError(f"n_trials={n_trials!r}: give a whole number, at least 1")
     worker = _Worker(study, n_trials, dict(distributions), terms or LeaseTerms())
-    failures = _Failures()
+    failures = Failures()
     while (trial_id := worker.next()) is not None:
         outcome = worker.run(trial_id, evaluate)
         if outcome is None:
@@ -103,36 +98,6 @@ def _try_again(study: Study) -> None:
 def counted_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """Return the trials that count, by number: all but those that two workers made where one was left."""
     return sorted((t for t in trials if _SURPLUS not in t.system_attrs), key=lambda trial: trial.number)
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What became of an evaluation."""
-
-    state: TrialState
-    values: list[float] | None = None
-    error: str = ""
-    cause: Exception | None = None
-
-
-@dataclass
-class _Failures:
-    """The first outcomes, as long as they are the same failure."""
-
-    same: list[str] | None = field(default_factory=list)
-
-    def add(self, outcome: _Outcome) -> None:
-        if self.same is None:
-            return
-        if outcome.state != TrialState.FAIL or (self.same and self.same[0] != outcome.error):
-            self.same = None
-            return
-        self.same.append(outcome.error)
-        if len(self.same) == _SAME_FAILURES:
-            raise SearchError(
-                f"the first {_SAME_FAILURES} trials all failed: {outcome.error}; mend the objective, then "
-                "start again"
-            ) from outcome.cause
 
 
 class _Worker:
@@ -200,7 +165,7 @@ class _Worker:
             self._storage.set_trial_user_attr(trial_id, ERROR, message)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
-    def run(self, trial_id: int, evaluate: Callable[[Trial], float | Sequence[float]]) -> _Outcome | None:
+    def run(self, trial_id: int, evaluate: Callable[[Trial], float | Sequence[float]]) -> Outcome | None:
         """Run a trial and tell what came out; None if it is another worker's now."""
         try:
             with self._leases.hold(trial_id) as lease:
@@ -210,7 +175,7 @@ class _Worker:
 
     def _run(
         self, trial_id: int, evaluate: Callable[[Trial], float | Sequence[float]], lease: HeldLease
-    ) -> _Outcome | None:
+    ) -> Outcome | None:
         try:
             trial = persistently(partial(self._ask, trial_id, lease), self._terms)
             if trial is None:
@@ -249,20 +214,19 @@ class _Worker:
             if not lease.is_second_hand() or self._storage.get_trial(trial_id).params == trial.params:
                 return trial
 
-    def _evaluated(self, trial: Trial, evaluate: Callable[[Trial], float | Sequence[float]]) -> _Outcome:
+    def _evaluated(self, trial: Trial, evaluate: Callable[[Trial], float | Sequence[float]]) -> Outcome:
         try:
             returned = evaluate(trial)
         except TrialPruned:
-            return _Outcome(TrialState.PRUNED)
+            return Outcome(TrialState.PRUNED)
         except (StorageInternalError, UpdateFinishedTrialError):
             # The storage's failure, or another worker's success; not the objective's failure.
             raise
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
-            return _Outcome(TrialState.FAIL, error=text, cause=error)
-        return _checked(returned, len(self._study.directions))
+            return failed(f"{type(error).__name__}: {error}", error)
+        return checked(returned, len(self._study.directions))
 
-    def _tell(self, trial: Trial, outcome: _Outcome, lease: HeldLease) -> bool:
+    def _tell(self, trial: Trial, outcome: Outcome, lease: HeldLease) -> bool:
         """Finish a trial; say whether it was this worker's to finish."""
         stored = self._storage.get_trial(trial._trial_id)
         if not lease.covers(stored):
@@ -291,22 +255,3 @@ class _Worker:
             internal = distribution.to_internal_repr(trial.params[name])
             self._storage.set_trial_param(trial._trial_id, name, internal, distribution)
         return self._storage.get_trial(trial._trial_id).params == trial.params
-
-
-def _checked(returned: Any, wanted: int) -> _Outcome:
-    """Return the outcome of an evaluation that returned something."""
-    several = isinstance(returned, Sequence) and not isinstance(returned, str)
-    values = list(returned) if several else [returned]
-    if len(values) != wanted:
-        return _failed(f"the objective returned {len(values)} values, the study has {wanted} directions")
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
-        return _failed(f"the objective returned {returned!r}; give numbers")
-    if not all(math.isfinite(number) for number in numbers):
-        return _failed(f"the objective returned {returned!r}; give finite numbers")
-    return _Outcome(TrialState.COMPLETE, numbers)
-
-
-def _failed(message: str) -> _Outcome:
-    return _Outcome(TrialState.FAIL, error=message[:_LONGEST_ERROR])
