@@ -347,6 +347,20 @@ def test_no_plan_over_a_ceiling_while_there_is_one_under_it(objectives: int) -> 
     assert all(cost(trial) == 9 for trial in both.trials)
 
 
+def test_two_objectives_of_which_no_trial_meets_the_constraints() -> None:
+    costs = {f"bn{s}": {m: float(i) for i, m in enumerate(METHODS)} for s in range(6)}
+
+    def broken(trial: optuna.Trial) -> tuple[float, float]:
+        trial.set_constraint("never", 1.0)
+        return objective(trial), sum(costs[name][m] for name, m in trial.params.items())
+
+    study = optuna.create_study(
+        directions=["maximize", "minimize"], sampler=NormSampler(seed=0, costs={1: costs})
+    )
+    study.optimize(broken, n_trials=15)
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == 15
+
+
 @pytest.mark.parametrize("seed", [-1, 1.5, True, "x"])
 def test_a_seed_is_a_whole_number(seed: Any) -> None:
     with pytest.raises(SearchError, match="seed="):

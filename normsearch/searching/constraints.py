@@ -26,7 +26,7 @@ class MaxDrop:
 class MaxLatency:
     """A forward pass may take at most ``ratio`` times the original's, by the table of costs.
 
-    Plans above it are not trained.
+    Plans above it are not trained, and ``NormSampler`` proposes none while there are others.
     """
 
     ratio: float
@@ -39,7 +39,7 @@ class MaxLatency:
 class MaxMemory:
     """What is kept for the backward pass may be at most ``ratio`` times the original's, by the cost table.
 
-    Plans above it are not trained.
+    Plans above it are not trained, and ``NormSampler`` proposes none while there are others.
     """
 
     ratio: float

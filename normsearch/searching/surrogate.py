@@ -229,7 +229,8 @@ def _own_gram(space: Space, first: Plans, second: Plans, relevance: Floats) -> F
     """Return Σ_l w_l c_l for every two plans, (m, n), with relevances of sum one."""
     low, gain = space.agreeing
     scaled = space.onehot(first) * (gain * relevance)[:, None]
-    agreeing = scaled.reshape(len(first), -1) @ space.onehot(second).reshape(len(second), -1).T
+    flat = space.sites * space.methods
+    agreeing = scaled.reshape(-1, flat) @ space.onehot(second).reshape(-1, flat).T
     return np.asarray(agreeing + low @ relevance)
 
 
