@@ -119,7 +119,10 @@ class Observing:
                     message = await receive()
             except TimeoutError as error:
                 raise ProblemError(
-                    408, "too-slow", "the request's body did not arrive; send it again"
+                    408,
+                    "too-slow",
+                    "the request's body did not arrive; send it again",
+                    {"Connection": "close"},
                 ) from error
             is_complete = not message.get("more_body", False)
             received += len(message.get("body", b""))

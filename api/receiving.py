@@ -119,15 +119,16 @@ async def _pump(request: Request, service: Parts, take: Callable[[bytes], object
     """Give a body to ``take`` in large pieces, on other threads than the event loop's."""
     announced = _announced(request.headers.get("content-digest"))
     digest = None if announced is None else hashlib.sha256()
-    start, received = time.monotonic(), 0
-    pieces = bytearray()
+    start, received, waiting = time.monotonic(), 0, 0
+    pieces: list[bytes] = []
 
-    async def flush() -> None:
+    def handle(given: list[bytes]) -> None:
+        # Put together here: what the event loop does, every other client waits for.
+        piece = b"".join(given)
         if digest is not None:
-            await run_sync(digest.update, bytes(pieces))
-        await run_sync(take, bytes(pieces))
-        service.metrics.received.inc(len(pieces))
-        pieces.clear()
+            digest.update(piece)
+        take(piece)
+        service.metrics.received.inc(len(piece))
 
     stream = request.stream()
     while True:
@@ -138,15 +139,20 @@ async def _pump(request: Request, service: Parts, take: Callable[[bytes], object
         except TimeoutError as error:
             rate = service.settings.slowest_bytes_per_second
             raise ProblemError(
-                408, "too-slow", f"less than {rate:,} bytes a second arrived; try again over a faster line"
+                408,
+                "too-slow",
+                f"less than {rate:,} bytes a second arrived; try again over a faster line",
+                {"Connection": "close"},
             ) from error
         if chunk is None:
             break
         received += len(chunk)
-        pieces += chunk
-        if len(pieces) >= _PIECE:
-            await flush()
-    await flush()
+        waiting += len(chunk)
+        pieces.append(chunk)
+        if waiting >= _PIECE:
+            await run_sync(handle, pieces)
+            pieces, waiting = [], 0
+    await run_sync(handle, pieces)
     if digest is not None and digest.digest() != announced:
         raise ProblemError(
             422, "digest-mismatch", "the body's SHA-256 is not the one in Content-Digest; send the file again"

@@ -6,8 +6,9 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import fsspec
 from pydantic import ByteSize, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -28,6 +29,21 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         None,
         description="`postgresql://USER:PASSWORD@HOST/NAME`; default: SQLite in the data folder",
+    )
+    files: str | None = Field(
+        None,
+        description="where uploads and artifacts lie: `s3://BUCKET/FOLDER` (extra `s3`), or another file "
+        "system that fsspec knows; default: the data folder",
+    )
+    files_options: dict[str, Any] = Field(
+        default_factory=dict,
+        repr=False,
+        description='its options as JSON, `{"key": "…", "secret": "…", "endpoint_url": "…"}`; for what is '
+        "missing its library looks where it always does",
+    )
+    copies_bytes: Bytes = Field(
+        ByteSize(10 * _GIB),
+        description="with `NORMSEARCH_FILES`: disk for copies that children read, beyond those in use",
     )
     open: bool = Field(False, description="1: no API keys, for loopback addresses alone")
     factories: dict[str, str] = Field(
@@ -83,6 +99,22 @@ class Settings(BaseSettings):
     keep_uploads_days: float = Field(
         30, gt=0, description="how long uploads, models and datasets are kept that nothing was made from"
     )
+
+    @field_validator("files")
+    @classmethod
+    def _system(cls, value: str | None) -> str | None:
+        protocol, separator, folder = (value or "").partition("://")
+        if value is None:
+            return None
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{error}; for s3: pip install 'normsearch[s3]'") from error
+        if not separator or not folder or protocol in ("file", "local"):
+            raise ValueError(
+                "write PROTOCOL://PLACE, for example s3://bucket/normsearch; a folder goes in NORMSEARCH_DATA"
+            )
+        return value.rstrip("/")
 
     @field_validator("factories")
     @classmethod

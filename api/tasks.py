@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, TypeAdapter, field_validator, model_validator
 
 from api.messages import Strict
 
 Scalar = Annotated[bool | int | float | str, Field(union_mode="smart")]
 Text = Annotated[str, Field(max_length=4000)]
 Name = Annotated[str, Field(max_length=2000)]
+_OBJECT = TypeAdapter(dict[str, JsonValue])
 Keep = Literal["function", "affine", "nothing"]
 #: A method's spelling, several in order of preference, or patterns of site paths to these.
 Choice = (
@@ -216,6 +217,14 @@ class Explained(Strict):
     rows: Annotated[list[Decision], Field(max_length=20_000)]
     notes: tuple[Text, ...]
     plan: str | None = Field(description="the plan as JSON text, for `plan` of a conversion; null if refused")
+
+    @field_validator("plan")
+    @classmethod
+    def _is_object(cls, value: str | None) -> str | None:
+        if value is not None:
+            # Of limited depth too, so that it can be answered with.
+            _OBJECT.validate_json(value)
+        return value
 
 
 class Made(Strict):

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from api.database import Database
 from api.observing import LOG, Metrics
 from api.queueing import Queue, migrate
+from api.remote import open_store
 from api.sandbox import Sandbox
 from api.settings import Settings
 from api.store import Store
@@ -71,7 +72,7 @@ def opened(settings: Settings, metrics: Metrics, child_seconds: float) -> Iterat
     database = Database(url)
     migrate(url)
     queue = Queue(url)
-    store = Store(settings.data, database, settings.reserve_bytes)
+    store = open_store(settings, database)
     sandbox = Sandbox(settings.model_copy(update={"child_seconds": child_seconds}), metrics)
     try:
         yield Tools(settings, database, queue, store, sandbox, metrics)

@@ -30,6 +30,8 @@ from api.messages import ARGUMENT, LOG, Done, Ended, Failed, Order, Progressed
 _MOST_ORDER, _MOST_FILES = 64 * 2**10, 16
 #: Where the descriptors of a child are, in order: what it says, then its inputs.
 _FIRST = 3
+#: How far children stand back for processor time.
+_NICE = 10
 #: Read by libraries that are imported late, and by torch to count processors.
 _SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/proc/self", "/proc/cpuinfo")
 _MORE = ("/proc/meminfo", "/proc/stat", "/sys/devices/system", "/dev/null", "/dev/urandom", "/dev/zero")
@@ -57,6 +59,8 @@ def main() -> None:
     with contextlib.suppress(OSError):
         # Before the service itself, a child is what the system ends when memory runs out.
         Path("/proc/self/oom_score_adj").write_text("1000")
+    # The service answers while children work, however many there are.
+    os.nice(_NICE)
     hide()
     control = socket.socket(fileno=int(sys.argv[1]))
     readable = [Path(path) for path in json.loads(sys.argv[3])]

@@ -135,7 +135,8 @@ def test_content_that_is_put_and_removed_at_once_is_never_lost(database: Databas
                     store.keep(connection, file, content)
                     values = {"name": f"{turn}", "size": content.size, "sha256": content.sha256}
                     row = add(connection, UPLOADS, owner, limits, **values)
-            assert store.path(content.sha256).read_bytes() == data
+            with store.local(content) as path:
+                assert path.read_bytes() == data
             with database.write() as connection:
                 remove(connection, UPLOADS, owner, row.id)
             store.forget(content)
@@ -155,7 +156,8 @@ def test_content_of_a_transaction_that_fails_is_removed(database: Database, tmp_
             content = file.finish()
             with database.write() as connection:
                 store.keep(connection, file, content)
-                assert store.path(content.sha256).exists()
+                with store.local(content) as path:
+                    assert path.exists()
                 raise RuntimeError
 
     with pytest.raises(RuntimeError):

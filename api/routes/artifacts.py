@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import base64
-import re
 from email.utils import formatdate
 from typing import Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse
 
 from api.database import ARTIFACTS
 from api.owned import Cursor, Identifier, Limit, fetch, page, remove
 from api.parts import Asking, Parts, Service
-from api.problems import ProblemError, documented
+from api.problems import documented
 from api.schemas import Artifact, Page
+from api.sending import send
 from api.store import Content
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
-_RANGE = r"\s*(\d{1,18}-\d{0,18}|-\d{1,18})\s*"
-_RANGES = re.compile(rf"bytes={_RANGE}(,{_RANGE}){{0,15}}", re.ASCII)
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _CONTENT: dict[int | str, dict[str, Any]] = {
     200: {"description": "The whole file, with a strong ETag", "content": _BINARY},
@@ -44,25 +41,7 @@ def download(request: Request, service: Parts, row: sa.Row[Any], headers: dict[s
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     if headers["etag"] in known or "*" in known:
         return Response(status_code=304, headers=headers)
-    asked = request.headers.get("range")
-    if asked is not None and not _RANGES.fullmatch(asked):
-        # What is no range is as if it were not there (RFC 9110).
-        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
-    elif asked is not None:
-        _refuse_beyond(asked, row.size)
-    return FileResponse(
-        service.store.path(row.sha256), headers=headers, media_type=row.media_type, filename=row.name
-    )
-
-
-def _refuse_beyond(asked: str, size: int) -> None:
-    for part in asked.partition("=")[2].split(","):
-        first, _, last = part.strip().partition("-")
-        start = int(first) if first else size - int(last)
-        if start >= size or (first and last and int(last) < start):
-            raise ProblemError(
-                416, "invalid-request", f"the file has {size:,} bytes", {"Content-Range": f"bytes */{size}"}
-            )
+    return send(request, service.store, Content.of(row), row.name, row.media_type, headers)
 
 
 @router.get("", summary="List artifacts", responses=documented(422))
@@ -91,5 +70,5 @@ def delete(service: Service, asking: Asking, identifier: Identifier) -> Response
     """Delete an artifact; what it was made from stays."""
     with service.database.write() as connection:
         row = remove(connection, ARTIFACTS, asking, identifier)
-    service.store.forget(Content(row.sha256, row.size))
+    service.store.forget(Content.of(row))
     return Response(status_code=204)

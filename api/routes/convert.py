@@ -129,7 +129,7 @@ async def _weights(
     weights, *others = await run_sync(read)
     headers["location"] = f"/v1/artifacts/{weights.id}"
     headers["link"] = ", ".join(f'</v1/artifacts/{one.id}>; rel="item"; title="{one.name}"' for one in others)
-    return download(request, service, weights, headers)
+    return await run_sync(download, request, service, weights, headers)
 
 
 def read_form(fields: dict[str, list[str]]) -> ConvertForm:

@@ -113,5 +113,5 @@ def delete(service: Service, asking: Asking, identifier: Identifier) -> Response
     """Delete an upload that nothing was made from."""
     with service.database.write() as connection:
         row = remove(connection, UPLOADS, asking, identifier)
-    service.store.forget(Content(row.sha256, row.size))
+    service.store.forget(Content.of(row))
     return Response(status_code=204)
