@@ -43,7 +43,9 @@ def bearer(client: TestClient, name: str = "a", quota_bytes: int | None = None) 
 
 
 @contextmanager
-def running(folder: Path, grace: float | None = None, **environment: str) -> Iterator[int]:
+def running(
+    folder: Path, grace: float | None = None, tasks: str | None = None, **environment: str
+) -> Iterator[int]:
     """The service as a process of its own, open on a free port, which is returned."""
     code = "import api.observing, api.receiving, api.server, api.__main__ as main\n"
     if grace is not None:
@@ -57,6 +59,12 @@ def running(folder: Path, grace: float | None = None, **environment: str) -> Ite
         "NORMSEARCH_CHILDREN": "1",
         **environment,
     }
+    if tasks is not None:
+        # Children do another module's work, of every process that the service starts.
+        (folder / "hook").mkdir()
+        hook = f"import api.sandbox\napi.sandbox.Sandbox.__init__.__defaults__ = ({tasks!r},)\n"
+        (folder / "hook" / "sitecustomize.py").write_text(hook)
+        given["PYTHONPATH"] = f"{folder / 'hook'}:{ROOT}:{ROOT / 'tests'}"
     log = folder / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=given, stderr=stderr)

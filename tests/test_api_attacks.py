@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import stat
 import warnings
 import zipfile
@@ -18,7 +19,7 @@ import pytest
 from attacks import ARGUMENTS, ATTACKS, NAMES, Attack
 from PIL import Image
 from safetensors.numpy import save as safetensors_bytes
-from serving import bearer, served
+from serving import bearer, running, served
 from starlette.testclient import TestClient
 
 #: Like the other bomb, and as slow to make.
@@ -33,9 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[TestClient]:
     limits = {"child_memory_bytes": 2 * 2**30, "child_seconds": 60, "children": 2}
+    limits["factories"] = {"small": "factories_of_tests:small"}
     with served(folder, requests_per_minute=1_000_000, **limits) as asking:
         asking.headers.update(bearer(asking))
         yield asking
+        # Of all that was sent here, nothing broke the service.
+        broken = re.findall(r'normsearch_requests_total\{.*status="5\d\d"\}.*', asking.get("/metrics").text)
+        assert broken == []
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +217,184 @@ def test_reports_escape_names(client: TestClient) -> None:
     got = client.get(f"/v1/artifacts/{page['id']}")
     assert got.headers["content-disposition"].startswith("attachment")
     assert b"<script" not in got.content
+
+
+@pytest.fixture(scope="module")
+def made(client: TestClient) -> dict[str, str]:
+    """The id of one of every noun, made from a small network."""
+    import torch
+    from factories_of_tests import small
+
+    buffer = io.BytesIO()
+    torch.save(small().state_dict(), buffer)
+    form = {"architecture": "factories/small", "to": "group"}
+    converted = client.post("/v1/convert", files={"file": ("small.pth", buffer.getvalue())}, data=form)
+    assert converted.status_code == 200, converted.text
+    described = _describe(client, "given.npz", _npz(x=np.ones((2, 3), np.float32)))
+    model = client.get("/v1/models").json()["items"][0]
+    return {
+        "uploads": model["upload"],
+        "models": model["id"],
+        "artifacts": converted.headers["location"].rpartition("/")[2],
+        "datasets": described.headers["location"].rpartition("/")[2],
+    }
+
+
+def test_another_keys_ids_are_404_everywhere(client: TestClient, made: dict[str, str]) -> None:
+    """Whatever route the OpenAPI document has, and wherever an id may stand in it."""
+    other, document = bearer(client), client.get("/openapi.json").json()
+    tried = 0
+    for path, operations in document["paths"].items():
+        noun = path.split("/")[2] if path.startswith("/v1/") else ""
+        if "{identifier}" not in path or noun not in made:
+            continue
+        for method in operations:
+            asked = path.replace("{identifier}", made[noun])
+            hidden = client.request(method, asked, headers=other)
+            nothing = client.request(method, asked[:-3] + "000", headers=other)
+            assert hidden.status_code == nothing.status_code == 404, (method, asked, hidden.text)
+            assert hidden.json()["title"] == nothing.json()["title"]
+            tried += 1
+    assert tried >= 9
+    for noun, body in (
+        ("models", {"upload": made["uploads"], "architecture": "factories/small"}),
+        ("datasets", {"upload": made["uploads"]}),
+        ("plans", {"model": made["models"], "to": "group"}),
+    ):
+        refused = client.post(f"/v1/{noun}", json=body, headers=other)
+        assert refused.status_code == 404, (noun, refused.text)
+    for noun, identifier in made.items():
+        assert client.get(f"/v1/{noun}", headers=other).json() == {"items": [], "next": None}
+        # As a cursor it says nothing either.
+        page = client.get(f"/v1/{noun}", params={"cursor": identifier}, headers=other)
+        assert page.json() == {"items": [], "next": None}
+        # It is all still there.
+        assert client.get(f"/v1/{noun}/{identifier}").status_code == 200
+
+
+def test_idempotency_keys_of_others_are_nobodys(client: TestClient, made: dict[str, str]) -> None:
+    """A key of another is as if it had never been used, for the same request too."""
+    body = {"upload": made["uploads"], "architecture": "factories/small"}
+    given = {"Idempotency-Key": "mine"}
+    first = client.post("/v1/models", json=body, headers=given)
+    assert first.status_code == 201, first.text
+    other = bearer(client)
+    theirs = client.post("/v1/models", json=body, headers={**other, **given})
+    assert theirs.status_code == 404
+    assert "idempotent-replayed" not in theirs.headers
+    again = client.post("/v1/models", json=body, headers=given)
+    assert (again.status_code, again.headers["idempotent-replayed"]) == (201, "true")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b"",
+        b" ",
+        b"x" * 256,
+        b"a b",
+        b"\xff\xfe",
+        "\u202e".encode(),
+        b"a\tb",
+        b"'; DROP TABLE idempotency; --",
+    ],
+)
+def test_idempotency_keys_that_are_none(client: TestClient, made: dict[str, str], key: bytes) -> None:
+    refused = client.post(
+        "/v1/plans", json={"model": made["models"], "to": "group"}, headers={b"Idempotency-Key": key}
+    )
+    assert refused.status_code == 422, refused.text
+    assert refused.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a\r\nX-Evil: 1.pth",
+        'a"; filename="b.pth',
+        "../../../etc/cron.d/x.pth",
+        "..\\..\\x.pth",
+        "\u202egpj.pth",
+        "<img src=x onerror=alert(1)>.pth",
+        "{{7*7}}${7*7}.pth",
+        "; rm -rf ~.pth",
+        "-o.pth",
+        ".pth",
+        "CON.pth",
+        "é" * 90 + ".pth",
+        "x" * 300 + ".pth",
+        "argument.json",
+        "log.txt",
+    ],
+)
+def test_names_of_files_are_only_names(client: TestClient, canary: Path, folder: Path, name: str) -> None:
+    """A file's name goes through a form, a child's folder, a database, headers and a page."""
+    import torch
+    from factories_of_tests import small
+
+    buffer = io.BytesIO()
+    torch.save(small().state_dict(), buffer)
+    raw = name.encode()
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="' + raw + b'"\r\n\r\n'
+    fields = b"".join(
+        b'\r\n--x\r\nContent-Disposition: form-data; name="' + key + b'"\r\n\r\n' + value
+        for key, value in ((b"architecture", b"factories/small"), (b"to", b"group"))
+    )
+    body = head + buffer.getvalue() + fields + b"\r\n--x--\r\n"
+    answer = client.post(
+        "/v1/convert", content=body, headers={"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    assert answer.status_code in (200, 422), answer.text
+    assert "x-evil" not in answer.headers
+    if answer.status_code == 200:
+        disposition = answer.headers["content-disposition"]
+        assert re.fullmatch(r'attachment; filename="[A-Za-z0-9._-]+-converted\.safetensors"', disposition)
+        links = re.findall(r'title="([^"]*)"', answer.headers["link"])
+        assert all(re.fullmatch(r"[A-Za-z0-9._-]+", link) for link in links)
+        page = re.findall(r"</v1/artifacts/(\w+)>", answer.headers["link"])[-1]
+        assert b"<img src" not in client.get(f"/v1/artifacts/{page}").content
+    assert not canary.exists()
+    assert list((folder / "data" / "work").iterdir()) == []
+    assert {path.name for path in (folder / "data").iterdir()} <= {
+        "blobs",
+        "incoming",
+        "work",
+        *(f"normsearch.sqlite{suffix}" for suffix in ("", "-wal", "-shm", "-journal")),
+    }
+
+
+def test_memory_of_the_server_is_bounded(tmp_path: Path) -> None:
+    """Whatever is large, the process that has the secrets does not become large with it."""
+    import httpx2
+
+    def peak() -> int:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) // 1024  # type: ignore[index]
+
+    with running(tmp_path, NORMSEARCH_CHILD_MEMORY_BYTES="1GiB") as port:
+        log = (tmp_path / "log").read_text()
+        pid = int(re.search(r"server process \[(\d+)\]", log)[1])  # type: ignore[index]
+        url, before = f"http://127.0.0.1:{port}/v1", peak()
+        with httpx2.Client(timeout=60) as asking:
+
+            def put(name: str, content: bytes) -> str:
+                made = asking.put(f"{url}/uploads", params={"filename": name}, content=content)
+                return str(made.json()["id"])
+
+            large = b"[" * 30_000_000
+            statuses = [
+                asking.post(f"{url}/models", content=large, headers={"Content-Type": "application/json"}),
+                asking.post(
+                    f"{url}/convert", files={"file": ("x.pth", b"x")}, data={"plan": "x" * 30_000_000}
+                ),
+                asking.post(f"{url}/convert", files={"file": ("x.pth", large)}, data={"to": "group"}),
+                asking.post(
+                    f"{url}/datasets", json={"upload": put("bomb.zip", _zip({"a/x.png": b"\0" * 60_000_000}))}
+                ),
+                asking.post(
+                    f"{url}/datasets", json={"upload": put("bomb.npz", _zip({"x.npy": b"\0" * 60_000_000}))}
+                ),
+                asking.post(f"{url}/datasets", json={"upload": put("x.npz", large)}),
+            ]
+        assert {answer.status_code for answer in statuses} <= {413, 422}
+        assert peak() - before < 40, (before, peak())
