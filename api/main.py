@@ -17,7 +17,7 @@ from api.answering import COMMON
 from api.forking import EndingError
 from api.keys import Rate
 from api.observing import LOG, Metrics, Observing
-from api.parts import Parts
+from api.parts import Parts, Streams
 from api.problems import ProblemError, answer, without_json
 from api.routes import (
     architectures,
@@ -36,9 +36,6 @@ from api.sandbox import Sandbox
 from api.settings import Settings
 from api.tools import opened
 from api.workers import Workers
-
-#: Clients that may follow jobs at a time.
-_MOST_STREAMS = 500
 
 _ABOUT = """\
 Upload a checkpoint of a trained network, and get it back with its BatchNorm layers replaced.
@@ -62,10 +59,9 @@ def create_app(settings: Settings | None = None, *, warm: bool = False) -> FastA
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         rate, workers = Rate(settings.requests_per_minute), Workers(settings)
         turns, threads = CapacityLimiter(settings.children), CapacityLimiter(settings.children)
-        streams = CapacityLimiter(_MOST_STREAMS)
         with opened(settings, metrics, settings.child_seconds) as tools:
             app.state.parts = Parts(
-                **vars(tools), rate=rate, turns=turns, threads=threads, workers=workers, streams=streams
+                **vars(tools), rate=rate, turns=turns, threads=threads, workers=workers, streams=Streams()
             )
             if warm:
                 workers.start()

@@ -56,6 +56,9 @@ class Metrics:
         self.active = Gauge("normsearch_requests_active", "Requests in work", registry=self.registry)
         self.received = Counter("normsearch_upload_bytes", "Bytes of files received", registry=self.registry)
         self.children = Gauge("normsearch_children", "Child processes at work", registry=self.registry)
+        self.jobs = Gauge(
+            "normsearch_jobs", "Jobs that are not finished, of all keys", ["state"], registry=self.registry
+        )
         self.tasks = Counter(
             "normsearch_tasks", "Work done in child processes", ["task", "outcome"], registry=self.registry
         )

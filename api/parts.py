@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
@@ -27,7 +28,7 @@ class Parts(Tools):
         turns: how many children may be at work.
         threads: where the work waits for its child, apart from the threads of short requests.
         workers: the processes that run jobs beside this one.
-        streams: how many clients may follow a job at a time.
+        streams: who follows jobs at the moment.
         known: what children know by name, once one was asked.
 
     """
@@ -36,8 +37,38 @@ class Parts(Tools):
     turns: CapacityLimiter
     threads: CapacityLimiter
     workers: Workers
-    streams: CapacityLimiter
+    streams: Streams
     known: list[Catalogue] = field(default_factory=list)
+
+
+class Streams:
+    """Who follows jobs at the moment: each key a few, all together not more than the service bears."""
+
+    def __init__(self, most: int = 200, each: int = 20) -> None:
+        self._most, self._each = most, each
+        self._open: Counter[str] = Counter()
+
+    def check(self, asker: str) -> None:
+        """Raise if one more would be too many.
+
+        Raises:
+            ProblemError: 429 for the key, 503 for all together.
+
+        """
+        if self._open[asker] >= self._each or self._open.total() >= self._most:
+            status, kind = (429, "rate-limited") if self._open[asker] >= self._each else (503, "busy")
+            detail = "too many clients follow jobs at a time; ask GET /v1/jobs/ID now and then"
+            raise ProblemError(status, kind, detail, {"Retry-After": "30"})
+
+    def enter(self, asker: str) -> None:
+        """Count one more."""
+        self._open[asker] += 1
+
+    def leave(self, asker: str) -> None:
+        """Count one less."""
+        self._open[asker] -= 1
+        if not self._open[asker]:
+            del self._open[asker]
 
 
 def parts(request: Request) -> Parts:

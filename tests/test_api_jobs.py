@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import torch
 from factories_of_tests import digits
 from safetensors.torch import load as read_safetensors
@@ -19,6 +20,7 @@ from serving import bearer, served
 from starlette.testclient import TestClient
 
 import normsearch
+from api.database import JOBS
 from normsearch.reporting import Document, Summary
 
 FACTORIES = {"digits": "factories_of_tests:digits"}
@@ -455,3 +457,27 @@ def test_convert_answers_later_where_it_takes_long(tmp_path: Path, network: torc
         assert not [path for path in (tmp_path / "data" / "blobs").rglob("*") if path.is_file()]
         gone = client.post("/v1/convert", files=files, data=form, headers=key)
         assert (gone.status_code, gone.json()["type"]) == (409, "/problems/conflict")
+
+
+def test_streams_and_waiting_jobs_are_counted(tmp_path: Path, network: torch.nn.Module) -> None:
+    with served(tmp_path, factories=FACTORIES, workers=0, convert_seconds=0) as client:
+        client.headers.update(bearer(client))
+        buffer = io.BytesIO()
+        torch.save(network.state_dict(), buffer)
+        form = {"architecture": "factories/digits", "to": "group"}
+        parts = client.app.state.parts  # type: ignore[attr-defined]
+        files = {"file": ("digits.pth", buffer.getvalue())}
+        job = client.post("/v1/convert", files=files, data=form).json()["id"]
+        assert 'normsearch_jobs{state="queued"} 1.0' in client.get("/metrics").text
+        with parts.database.read() as connection:
+            asker = connection.scalar(sa.select(JOBS.c.owner).where(JOBS.c.id == job))
+        for _ in range(20):
+            parts.streams.enter(asker)
+        refused = client.get(f"/v1/jobs/{job}/events")
+        assert (refused.status_code, refused.json()["type"]) == (429, "/problems/rate-limited")
+        for _ in range(20):
+            parts.streams.leave(asker)
+        assert client.post(f"/v1/jobs/{job}/cancel").status_code == 200
+        assert "event: cancelled" in client.get(f"/v1/jobs/{job}/events").text
+        # Whoever has left counts no more.
+        assert parts.streams._open.total() == 0

@@ -33,6 +33,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
         "NORMSEARCH_OPEN": "0",
         "NORMSEARCH_METRICS_TOKEN": key,
         "NORMSEARCH_REQUESTS_PER_MINUTE": "1000000",
+        "NORMSEARCH_UNFINISHED_JOBS": "1000000",
     }
     with running(tmp_path, **given) as port:
         header = {"Authorization": f"Bearer {key}"}
@@ -50,6 +51,9 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
                 "--seed",
                 "1",
                 "--no-color",
+                # A request may wait for its job.
+                "--request-timeout",
+                "90",
                 # Whether a file holds a network, and which, no schema says.
                 "--exclude-checks",
                 "positive_data_acceptance",
@@ -83,7 +87,7 @@ def test_every_answer_is_documented(tmp_path: Path) -> None:
             for status, answer in operation["responses"].items():
                 if status >= "400":
                     assert list(answer["content"]) == ["application/problem+json"], (method, path, status)
-    for noun in ("uploads", "models", "datasets", "artifacts"):
+    for noun in ("uploads", "models", "datasets", "artifacts", "jobs"):
         assert {"limit", "cursor"} <= {
             parameter["name"] for parameter in document["paths"][f"/v1/{noun}"]["get"]["parameters"]
         }

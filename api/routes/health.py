@@ -9,6 +9,8 @@ from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
+from api.database import JOBS
+from api.jobs import UNFINISHED
 from api.parts import Service, for_operators
 from api.problems import ProblemError, documented
 
@@ -52,5 +54,11 @@ def ready(service: Service) -> Ready:
     responses={200: {"content": {"text/plain": {}}, "description": "Metrics"}, **documented(401)},
 )
 def metrics(service: Service) -> Response:
-    """Return the metrics of this process in the text format of Prometheus."""
+    """Return the metrics of this process, and how many jobs wait, in the text format of Prometheus."""
+    with service.database.read() as connection:
+        query = sa.select(JOBS.c.state, sa.func.count()).where(JOBS.c.state.in_(UNFINISHED))
+        rows = connection.execute(query.group_by(JOBS.c.state)).all()
+    found = {str(row[0]): int(row[1]) for row in rows}
+    for state in UNFINISHED:
+        service.metrics.jobs.labels(state).set(found.get(state, 0))
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

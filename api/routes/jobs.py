@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import anyio
 import sqlalchemy as sa
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Response
 from fastapi.responses import StreamingResponse
 
 from api import jobs
@@ -32,7 +32,7 @@ _STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events as they happen: `id` counts them, `event` is queued, started, progress, log, "
         "succeeded, failed or cancelled, `data` is JSON. It ends with the job",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     },
     **documented(404, 422),
 }
@@ -63,7 +63,6 @@ def job_of(connection: sa.Connection, asking: Owner, identifier: str) -> Job:
     "/{identifier}/events", summary="Follow a job", response_class=StreamingResponse, responses=_STREAM
 )
 async def events(
-    request: Request,
     service: Service,
     asking: Asking,
     identifier: Identifier,
@@ -85,24 +84,17 @@ async def events(
             fetch(connection, JOBS, asking, identifier)
 
     await run_sync(there)
-    try:
-        service.streams.acquire_on_behalf_of_nowait(request)
-    except anyio.WouldBlock as error:
-        raise ProblemError(
-            503,
-            "busy",
-            "too many clients follow jobs; ask GET /v1/jobs/ID now and then",
-            {"Retry-After": "30"},
-        ) from error
-    lines = _stream(request, service, identifier, int(last_event_id or 0))
+    service.streams.check(asking.id)
+    lines = _stream(service, asking, identifier, int(last_event_id or 0))
     return StreamingResponse(lines, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
-async def _stream(request: Request, service: Parts, identifier: str, seen: int) -> AsyncIterator[str]:
+async def _stream(service: Parts, asking: Owner, identifier: str, seen: int) -> AsyncIterator[str]:
     def later() -> list[sa.Row[Any]]:
         with service.database.read() as connection:
             return list(jobs.events_after(connection, identifier, seen))
 
+    service.streams.enter(asking.id)
     try:
         spoken = time.monotonic()
         yield "retry: 2000\n\n"
@@ -124,7 +116,7 @@ async def _stream(request: Request, service: Parts, identifier: str, seen: int) 
                 spoken = time.monotonic()
             await anyio.sleep(_LOOK)
     finally:
-        service.streams.release_on_behalf_of(request)
+        service.streams.leave(asking.id)
 
 
 @router.post(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -43,6 +44,7 @@ class Tally:
     doubled: int = 0
     wrong: int = 0
     struck: Counter[str] = field(default_factory=Counter)
+    given_back: list[float] = field(default_factory=list)
     take_overs: list[float] = field(default_factory=list)
     cancels: list[float] = field(default_factory=list)
     zombies: Counter[str] = field(default_factory=Counter)
@@ -108,9 +110,11 @@ class Storm:
             victim = "worker"
         self.tally.struck[f"{victim} while {phase}"] += 1
         if victim == "worker":
-            self._kill(worker)
+            self._kill(worker, phase)
         elif victim == "child":
-            os.kill(self._random.choice(children), 9)
+            # It may have ended just now.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._random.choice(children), 9)
         elif victim == "server":
             self.processes.kill_server()
         elif victim == "stopped worker":
@@ -119,7 +123,7 @@ class Storm:
         elif victim == "postgresql":
             self.processes.kill_postgresql(self._random.uniform(0, 3))
 
-    def _kill(self, worker: Any) -> None:
+    def _kill(self, worker: Any, phase: str) -> None:
         """Kill a worker, and see how soon others begin what it held."""
         query = "SELECT workflow_uuid FROM WORKFLOWS WHERE status = 'PENDING' AND executor_id LIKE :e"
         pattern = f"%-{worker.pid}-%"
@@ -133,6 +137,10 @@ class Storm:
                 self.tally.notes.append("nobody took over")
                 return
             time.sleep(0.05)
+        self.tally.given_back.append(time.monotonic() - start)
+        if phase == "queued":
+            # There is no place for them before others are done.
+            return
         # Back in the queue; now begun by another.
         ids = ", ".join(f"'{one}'" for one in held)
         begun = f"SELECT count(*) FROM WORKFLOWS WHERE status = 'ENQUEUED' AND workflow_uuid IN ({ids})"
@@ -280,6 +288,7 @@ def summary(tally: Tally) -> dict[str, Any]:
         **{name: getattr(tally, name) for name in ("jobs", "lost", "stuck", "failed", "doubled", "wrong")},
         "struck": dict(by_victim),
         "phases": dict(by_phase),
+        "back_in_the_queue_seconds": _spread(tally.given_back),
         "take_over_seconds": _spread(tally.take_overs),
         "cancel_seconds": _spread(tally.cancels),
         "exit_codes_of_stopped_workers": dict(tally.zombies),
