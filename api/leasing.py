@@ -74,6 +74,7 @@ class Lease:
     def end(self) -> None:
         """Give the lease back: what this process still holds goes to others at once."""
         self._ended.set()
+        self._thread.join(LEASE)
         with self._database.write() as connection:
             mine = sa.update(LEASES).where(LEASES.c.executor == self.executor)
             connection.execute(mine.values(dead=1))
@@ -86,9 +87,9 @@ class Lease:
                     self._on_lost()
                     return
                 now = time.monotonic()
-                on_time, before = (on_time + 1 if now - before < LEASE / 2 else 0), now
-                # After an outage of the database, or a pause of this process, the others get the time of a
-                # lease to renew theirs before anybody is declared dead.
+                on_time, before = (on_time + 1 if now - before < LEASE else 0), now
+                # Whose own lease ran out, in an outage of the database or a pause, gives the others the time of
+                # a lease to renew theirs before anybody is declared dead.
                 if on_time * BEAT >= LEASE:
                     self._reap()
             except sa.exc.SQLAlchemyError as error:

@@ -229,6 +229,7 @@ class TestLeases:
         with tools.database.write() as connection:
             connection.execute(sa.update(LEASES).where(LEASES.c.executor == lease.executor).values(dead=1))
         assert lost.wait(20)
+        lease.end()
 
     def test_nobody_is_declared_dead_before_ones_own_beats_are_on_time(self, tools: Tools) -> None:
         with tools.database.write() as connection:
