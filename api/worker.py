@@ -30,7 +30,7 @@ from api.tools import Tools, opened
 #: Attempts at a job that each ended the process, or the child, that made it.
 ATTEMPTS = 3
 #: Seconds between two looks at the queue, and at whether what is in work is still wanted.
-_POLL, _WATCH = 0.2, 0.4
+_POLL, _WATCH = 0.2, 0.25
 #: Seconds in which a worker that is told to end may finish what it has in work.
 GRACE = 15.0
 #: The exit code of a worker whose lease was lost.
