@@ -39,6 +39,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.fuzz_admission
 	$(BIN)/python -m benchmarks.finetuning
 	$(BIN)/python -m benchmarks.zoo
+	$(BIN)/python -m benchmarks.programs
 	$(BIN)/python -m benchmarks.gan
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.training_step

@@ -1,6 +1,6 @@
 """Mutated checkpoints against admission: no crash, no foreign error, no memory beyond the file's size.
 
-    python -m benchmarks.fuzz_admission [--headers 50000] [--archives 20000] [--seed 0]
+    python -m benchmarks.fuzz_admission [--headers 50000] [--archives 20000] [--programs 50000] [--seed 0]
 
 Mutates bytes, JSON, pickles and zip structures of small valid checkpoints. Each must be read, or be refused
 with a NormsearchError; whatever is read is touched to its last number. A crash of the process, another
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import random
 import resource
 import tempfile
@@ -82,6 +83,34 @@ def torch_seeds() -> list[bytes]:
         buffer = io.BytesIO()
         torch.save(content, buffer, _use_new_zipfile_serialization=is_zip)
         files.append(buffer.getvalue())
+    return files
+
+
+def program_seeds() -> list[bytes]:
+    """Return valid exported programs: with an open batch size, of train mode, converted, with a constant."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
+            self.constant = torch.ones(2, 1, 1)
+
+        def forward(self, x: torch.Tensor, *, scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+            y: torch.Tensor = self.network(x) * self.constant + x.shape[0]
+            return {"y": y if scale is None else y * scale}
+
+    import normsearch
+
+    files = []
+    x = torch.randn(2, 1, 2, 2)
+    shapes = {"x": {0: torch.export.Dim("batch", max=64)}, "scale": None}
+    for training in (False, True):
+        model = Network().train(training)
+        program = torch.export.export(model, (x,), {"scale": torch.ones(1)}, dynamic_shapes=shapes)
+        for one in (program, normsearch.convert(program, "group")):
+            buffer = io.BytesIO()
+            torch.export.save(one, buffer)
+            files.append(buffer.getvalue())
     return files
 
 
@@ -194,6 +223,70 @@ def rezip(data: bytes, rng: random.Random) -> bytes:
     return buffer.getvalue()
 
 
+_PROGRAM_WORDS = (
+    *_NUMBERS,
+    b"true",
+    b'"as_int"',
+    b'"as_none"',
+    b'"use_pickle"',
+    b'"torch.ops.aten.from_file.default"',
+    b'"torch.hub.load"',
+    b'"x\\"); import os"',
+    b"\"Symbol('s0')\"",
+    b"\"__import__('os')\"",
+    b'{"as_int": 4611686018427387904}',
+)
+
+
+def in_program(data: bytes, rng: random.Random) -> bytes:
+    """Write a program's archive anew with a mutated JSON or entry, checksums right."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+        names = old.namelist()
+        texts = [name for name in names if name.endswith(".json")]
+        victim = rng.choice(texts) if rng.random() < 0.9 else rng.choice(names)
+        for name in names:
+            content, method = old.read(name), zipfile.ZIP_STORED
+            if name == victim:
+                change = (
+                    json_value if name in texts and rng.random() < 0.85 else rng.choice((flip, cut, repeat))
+                )
+                content = change(content or b"0", rng)
+                method = zipfile.ZIP_DEFLATED if rng.random() < 0.02 else method
+                if rng.random() < 0.02:
+                    name = rng.choice(("x/data/aotinductor/a.so", "../x", name + "0"))
+            if rng.random() > 0.005:
+                new.writestr(zipfile.ZipInfo(name), content, method)
+    return buffer.getvalue()
+
+
+def json_value(data: bytes, rng: random.Random) -> bytes:
+    """Replace a value somewhere in a JSON text by another one, or copy, drop or rename it."""
+    try:
+        root = json.loads(data)
+    except ValueError:
+        return flip(data, rng)
+    here = root
+    while isinstance(here, dict | list) and here:
+        key = rng.choice(list(here) if isinstance(here, dict) else range(len(here)))
+        inner = here[key]
+        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.15:
+            break
+        here = inner
+    if not isinstance(here, dict | list) or not here:
+        return data
+    action = rng.random()
+    if action < 0.7:
+        here[key] = json.loads(rng.choice(_PROGRAM_WORDS))
+    elif action < 0.8:
+        del here[key]
+    elif isinstance(here, dict):
+        here[rng.choice(["name", "as_graph", "as_expr", "custom", "x"])] = here[key]
+    else:
+        here.append(here[key])
+    return json.dumps(root).encode()
+
+
 _OPCODES = b".(01Nacdehjlopqrstu}]bB)JKMXRiP" + bytes(
     (0x80, 0x81, 0x85, 0x86, 0x87, 0x88, 0x89, 0x8A, 0x8B, 0x93, 0x95)
 )
@@ -226,6 +319,7 @@ def touch(tensors: Mapping[str, torch.Tensor], size: int) -> None:
 HEADERS: tuple[Mutation, ...] = (json_token, json_token, header_bytes, header_bytes, header_length, flip, cut)
 ARCHIVES: tuple[Mutation, ...] = (rezip, rezip, rezip, flip, cut, repeat)
 ARRAYS: tuple[Mutation, ...] = (flip, flip, cut, repeat)
+PROGRAMS: tuple[Mutation, ...] = (in_program, in_program, in_program, in_program, flip, cut, repeat)
 
 
 def fuzz(
@@ -238,7 +332,7 @@ def fuzz(
 
     """
     from normsearch import NormsearchError
-    from normsearch.admission import admit
+    from normsearch.admission import admit, programs
     from normsearch.admission.arrays import read_inputs
     from normsearch.admission.record import read
 
@@ -256,6 +350,10 @@ def fuzz(
         path.unlink(missing_ok=True)
         path.write_bytes(data)
         try:
+            if path.suffix == ".pt2":
+                programs.read(path)
+                outcomes["read"] += 1
+                continue
             if path.suffix == ".npz":
                 read_inputs(path)
                 outcomes["read"] += 1
@@ -276,6 +374,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--headers", type=int, default=50_000)
     parser.add_argument("--archives", type=int, default=20_000)
+    parser.add_argument("--programs", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -285,6 +384,7 @@ def main() -> None:
         kinds = (
             ("safetensors", safetensors_seeds(), HEADERS, ".safetensors", options.headers),
             ("torch.save", torch_seeds(), ARCHIVES, ".pth", options.archives),
+            ("torch.export.save", program_seeds(), PROGRAMS, ".pt2", options.programs),
             ("numpy.savez", array_seeds(), ARRAYS, ".npz", options.archives // 10),
         )
         for name, seeds, mutations, suffix, count in kinds:

@@ -22,6 +22,7 @@ from normsearch.errors import (
     StateError,
     TrainingError,
 )
+from normsearch.exporting import export
 from normsearch.lipschitz import OperatorNorms, operator_norms
 from normsearch.measurement import compare, profile
 from normsearch.methods import METHODS, Method, Refusal, parse_method
@@ -76,6 +77,7 @@ __all__ = [
     "convert",
     "convert_state_dict",
     "explain",
+    "export",
     "find_sites",
     "finetune",
     "load",

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx, nn
 
 from normsearch.tracing import Traces
@@ -83,6 +84,8 @@ def asks_for_metadata(node: fx.Node) -> bool:
     """Tell whether a node looks at a tensor's shape only, as inlined checks of the input's rank do."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("ndim", "shape", "dtype", "device")
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._opname in ("sym_size", "sym_stride", "sym_numel", "_assert_tensor_metadata")
     return node.op == "call_method" and node.target in ("size", "dim")
 
 
@@ -139,7 +142,10 @@ def _is_activation(module: nn.Module) -> bool:
 def _function(node: fx.Node) -> str | None:
     if node.op not in ("call_function", "call_method"):
         return None
-    name = getattr(node.target, "__name__", str(node.target)).removesuffix("_")
+    name = getattr(node.target, "__name__", str(node.target))
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._opname
+    name = name.removesuffix("_")
     return name if name in _FUNCTIONS else None
 
 

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
 from normsearch.admission.images import Preparation
 from normsearch.architectures import Architecture
 from normsearch.errors import ArchitectureError, PlanError
 from normsearch.inputs import Batches, file_batches, random_batch
+from normsearch.opening import Model
 from normsearch.plans import Plan, To
 from normsearch.registries import Scalar
 
@@ -177,7 +176,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 def read_batches(
-    model: nn.Module,
+    model: Model,
     shape: str | None,
     batch_size: int,
     path: Path | None,

@@ -7,16 +7,20 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.export import ExportedProgram
 
 from normsearch.affine_fitting import least_squares, whiten, whitenable
 from normsearch.batches import Batches
+from normsearch.closing import closed, record_in
 from normsearch.distillation import distill, site_parameters
-from normsearch.errors import PlanError
+from normsearch.errors import ModelError, PlanError
+from normsearch.opening import Model, opened
 from normsearch.pairing import Errors, Outputs, Pair
+from normsearch.programs import with_layers
 from normsearch.progress import OnProgress, Stage
 from normsearch.reports import Change
 
@@ -75,17 +79,19 @@ class Calibration:
         return json.dumps(asdict(self), indent=2)
 
 
-_RECORDS: weakref.WeakKeyDictionary[nn.Module, Calibration] = weakref.WeakKeyDictionary()
+M = TypeVar("M", nn.Module, ExportedProgram, nn.Module | ExportedProgram)
+
+_RECORDS: weakref.WeakKeyDictionary[Model, Calibration] = weakref.WeakKeyDictionary()
 
 
-def calibration_record(model: nn.Module) -> Calibration | None:
+def calibration_record(model: Model) -> Calibration | None:
     """Return what ``calibrate`` did when it made ``model``; None if it did not make it, or for a copy."""
     return _RECORDS.get(model)
 
 
 def calibrate(
-    converted: nn.Module,
-    original: nn.Module,
+    converted: M,
+    original: M,
     batches: Iterable[Any],
     *,
     budget: int = 200,
@@ -93,7 +99,7 @@ def calibrate(
     outputs: Outputs | None = None,
     seed: int = 0,
     on_progress: OnProgress | None = None,
-) -> nn.Module:
+) -> M:
     """Bring a converted model back to its original with a few unlabelled inputs.
 
     Four rungs, each kept only if it lowers the error on held-out batches:
@@ -111,7 +117,7 @@ def calibrate(
 
     Args:
         converted: what ``convert`` made of ``original``; it is left untouched.
-        original: the trained model; it is left untouched.
+        original: the trained model; it is left untouched. Both may be exported programs.
         batches: inputs, never labels, two batches at least: a tuple is ``*args``, a dict ``**kwargs``,
             anything else one argument. They are read several times and must be the same each time, as those
             of a list are, and of a DataLoader that shuffles by torch's own generator. Of the first 64 every
@@ -150,6 +156,25 @@ def calibrate(
         raise PlanError(f"budget={budget!r}: give a number of optimisation steps, at least 0")
     if parameters not in get_args(Parameters):
         raise PlanError(f"parameters={parameters!r} is not one of {', '.join(get_args(Parameters))}")
+    if isinstance(converted, ExportedProgram) or isinstance(original, ExportedProgram):
+        if not (isinstance(converted, ExportedProgram) and isinstance(original, ExportedProgram)):
+            raise ModelError(
+                "one of the models is an exported program and the other is not; give two of a kind"
+            )
+        calibrated = calibrate(
+            with_layers(converted, original),
+            opened(original, share=True),
+            batches,
+            budget=budget,
+            parameters=parameters,
+            outputs=outputs,
+            seed=seed,
+            on_progress=on_progress,
+        )
+        assert isinstance(calibrated, fx.GraphModule)
+        program = closed(calibrated, record_in(converted))
+        _RECORDS[program] = _RECORDS[calibrated]
+        return program  # type: ignore[return-value]
     with torch.random.fork_rng(devices=[]):
         data = Batches(batches, seed)
         pair = Pair(original, converted, outputs, data.first)

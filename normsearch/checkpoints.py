@@ -6,17 +6,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from normsearch.admission import admit, record
+from normsearch.admission import admit, programs, record
 from normsearch.admission.record import Record
 from normsearch.architectures import Architecture
 from normsearch.errors import CheckpointError
+from normsearch.exporting import save_program
 from normsearch.files import refuse_existing, write_atomically
 from normsearch.fitting import fill, fitted, skeleton
+from normsearch.opening import Model
 from normsearch.plans import Plan
+from normsearch.programs import plan_in
 
 
 @dataclass(frozen=True)
@@ -24,35 +29,37 @@ class Checkpoint:
     """A loaded checkpoint.
 
     Attributes:
-        model: the network with its weights, converted as the file says, in eval mode.
-        architecture: what built it.
+        model: the network with its weights, converted as the file says, in eval mode; or an exported program.
+        architecture: what built it; None for an exported program.
         plan: what was changed in it; None if nothing was.
         notes: what was unwrapped, renamed or cast on the way.
 
     """
 
-    model: nn.Module
-    architecture: Architecture
+    #: An nn.Module or an ExportedProgram, which its reader tells apart by ``architecture``.
+    model: Any
+    architecture: Architecture | None
     plan: Plan | None
     notes: tuple[str, ...]
 
 
 def save(
-    model: nn.Module,
+    model: Model,
     path: str | os.PathLike[str],
     *,
     architecture: Architecture | str | None = None,
     plan: Plan | None = None,
     force: bool = False,
 ) -> None:
-    """Write a model's weights as safetensors, with what rebuilds it in the metadata.
+    """Write a model's weights as safetensors, with what rebuilds it in the metadata; or an exported program.
 
     The file is written beside its place and moved there when it is complete. Tensors that share memory are
     written once. Code is never written: any safetensors reader opens the file.
 
     Args:
-        model: the network, converted or not.
-        path: where to; ends in ``.safetensors``.
+        model: the network, converted or not, or an exported program.
+        path: where to; ends in ``.safetensors``, or in ``.pt2`` for an exported program, which is written
+            without the example inputs that it was exported with and knows its own plan.
         architecture: what built the network; ``load`` needs it, here or there.
         plan: the plan that converted it.
         force: replace a file that exists.
@@ -73,6 +80,8 @@ def save(
 
     """
     path = _path(path)
+    if isinstance(model, ExportedProgram):
+        return _save_program(model, path, force=force)
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"save takes a torch.nn.Module first, got {type(model).__name__}")
     if plan is not None and not isinstance(plan, Plan):
@@ -82,7 +91,9 @@ def save(
         )
     architecture = _architecture(architecture)
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: checkpoints are written as .safetensors; give such a name")
+        raise CheckpointError(
+            f"{path}: checkpoints are written as .safetensors; give such a name, or use export for a program"
+        )
     refuse_existing(path, force=force)
     tensors, aliases = _distinct(model)
     if architecture is not None and not architecture.is_factory:
@@ -101,7 +112,13 @@ def save(
 
         save_file(tensors, target, metadata)
 
-    write_atomically(path, write, force=force)
+    return write_atomically(path, write, force=force)
+
+
+def _save_program(program: ExportedProgram, path: Path, *, force: bool) -> None:
+    if path.suffix != programs.SUFFIX:
+        raise CheckpointError(f"{path}: exported programs are written as {programs.SUFFIX}; give such a name")
+    write_atomically(path, lambda target: save_program(program, target), force=force)
 
 
 def load(
@@ -115,7 +132,8 @@ def load(
 
     Reads what ``save`` writes, and plain state dicts: ``.safetensors``, ``.pt`` and ``.pth``, also inside a
     training checkpoint and with the prefixes of DataParallel, torch.compile and Lightning. Every shape is
-    compared with the architecture before anything is copied.
+    compared with the architecture before anything is copied. A ``.pt2`` is an exported program, read if it
+    holds a graph of known operators and plain tensors and nothing else.
 
     Args:
         path: the file.
@@ -132,6 +150,14 @@ def load(
     """
     path = _path(path)
     architecture = _architecture(architecture)
+    if path.suffix == programs.SUFFIX:
+        if architecture is not None or entry is not None:
+            raise CheckpointError(
+                f"{path} is an exported program, which needs no architecture and has no entries; leave them "
+                "out"
+            )
+        program = programs.read(path)
+        return Checkpoint(program, None, plan_in(program), ())
     admitted = admit(path, entry)
     made = record.read(admitted.metadata, path)
     if architecture is None:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.export import ExportedProgram
 
+from normsearch.closing import closed
 from normsearch.compatibility import refused_wrappers
 from normsearch.errors import ModelError, PlanError, RefusedError
 from normsearch.forward import copied, is_lazy, materialised
 from normsearch.methods import Keep
+from normsearch.opening import opened
 from normsearch.plans import Plan, To, Where, plan, refusal_at
 from normsearch.sites import NormSite, analyse, with_calls_lifted
 from normsearch.surgery import replace_layers
 
+M = TypeVar("M", nn.Module, ExportedProgram, nn.Module | ExportedProgram)
+
+#: The plan's place in what a converted program says of itself.
+PLAN = "plan"
+
 
 def convert(
-    model: nn.Module,
+    model: M,
     to: To | Plan,
     *,
     inputs: Any = None,
@@ -28,7 +36,7 @@ def convert(
     keep: Keep = "function",
     in_place: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
-) -> nn.Module:
+) -> M:
     """Replace BatchNorm layers by other normalizations and keep what the network has learned.
 
     Each new layer is initialised from the trained one: exactly where the method allows it, else by folding
@@ -36,7 +44,8 @@ def convert(
     model stay, as do eps, device, dtype, training flags, requires_grad and sharing.
 
     Args:
-        model: any nn.Module; it is left untouched unless ``in_place``.
+        model: any nn.Module, or a ``torch.export.ExportedProgram``, which becomes another one of plain ATen
+            operators; it is left untouched unless ``in_place``.
         to: a ``Plan``, or what ``plan`` takes.
         inputs: one forward pass's inputs, as for ``plan``; lazy layers need them, and ``weight`` initialises
             layers that were never trained from them.
@@ -70,6 +79,16 @@ def convert(
         raise PlanError("an optimizer belongs to the model it was made for; give it with in_place=True only")
     if isinstance(to, Plan) and (where is not None or weights):
         raise PlanError("a Plan says what happens at each site; give where= and weights= to plan() instead")
+    if isinstance(model, ExportedProgram):
+        if in_place:
+            raise ModelError("an exported program cannot be edited in place; use the return value of convert")
+        module = opened(model)
+        the_plan = (
+            to if isinstance(to, Plan) else plan(module, to, inputs=inputs, where=where, weights=weights)
+        )
+        edited = convert(module, the_plan, inputs=inputs, keep=keep, in_place=True)
+        assert isinstance(edited, fx.GraphModule)
+        return closed(edited, {PLAN: the_plan.to_json()})  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
     refused_wrappers(model)

@@ -1,15 +1,20 @@
-"""rewrite: replace the BatchNorm nodes of a torch.fx graph, module calls and functional ones."""
+"""rewrite: replace the BatchNorm nodes of a graph: module calls, functional ones, ATen operators."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import fx
+from torch.export import ExportedProgram
 
 from normsearch.conversion import convert
 from normsearch.errors import ModelError
 from normsearch.plans import Plan
 
+G = TypeVar("G", fx.GraphModule, ExportedProgram)
 
-def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+
+def rewrite(graph_module: G, plan: Plan) -> G:
     """Replace BatchNorm nodes of a graph by what a plan says; the graph stays a graph.
 
     ``call_module`` nodes of BatchNorm layers and ``F.batch_norm`` calls alike become module calls of the new
@@ -17,7 +22,7 @@ def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     Weight standardization's ``F.batch_norm(weight)`` is left alone.
 
     Args:
-        graph_module: a graph, in train or eval mode; it is not modified.
+        graph_module: a graph, in train or eval mode, or an exported program; it is not modified.
         plan: made for this graph by ``normsearch.plan(graph_module, ...)``.
 
     Raises:
@@ -34,9 +39,11 @@ def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         'GroupNorm'
 
     """
+    if isinstance(graph_module, ExportedProgram):
+        return convert(graph_module, plan)  # type: ignore[return-value]
     if not isinstance(graph_module, fx.GraphModule):
         raise ModelError(
-            f"rewrite takes a torch.fx.GraphModule, got {type(graph_module).__name__}; "
+            f"rewrite takes a torch.fx.GraphModule or an ExportedProgram, got {type(graph_module).__name__}; "
             "use convert for any other model"
         )
     rewritten = convert(graph_module, plan)

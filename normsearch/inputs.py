@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from normsearch.admission.arrays import read_inputs
 from normsearch.admission.images import Preparation, find_images, read_image
 from normsearch.errors import CheckpointError, PlanError
+from normsearch.opening import Model
 
 _SHAPE = re.compile(r"[1-9]\d{0,6}(x[1-9]\d{0,6}){0,4}", re.ASCII)
 _MOST_ELEMENTS = 2**31
@@ -56,7 +57,7 @@ class Batches:
         return [first, *(self.read(number) for number in range(1, self.count))]
 
 
-def random_batch(model: nn.Module, shape: str, batch_size: int) -> Batches:
+def random_batch(model: Model, shape: str, batch_size: int) -> Batches:
     """Return one batch of normal noise, for shapes and costs.
 
     Args:
@@ -85,7 +86,7 @@ def random_batch(model: nn.Module, shape: str, batch_size: int) -> Batches:
 
 
 def file_batches(
-    model: nn.Module, path: Path, batch_size: int, samples: int | None, preparation: Preparation | None = None
+    model: Model, path: Path, batch_size: int, samples: int | None, preparation: Preparation | None = None
 ) -> Batches:
     """Return the inputs in a file of arrays or a folder of images, in batches.
 
@@ -116,7 +117,7 @@ def file_batches(
 
 
 def _of_images(
-    model: nn.Module, folder: Path, batch_size: int, samples: int | None, preparation: Preparation
+    model: Model, folder: Path, batch_size: int, samples: int | None, preparation: Preparation
 ) -> Batches:
     found = find_images(folder)
     chosen = [found[index] for index in spread(len(found), samples)]
@@ -130,7 +131,7 @@ def _of_images(
     return Batches(read, -(-len(chosen) // batch_size), len(chosen), (note,))
 
 
-def _of_arrays(model: nn.Module, path: Path, batch_size: int, samples: int | None) -> Batches:
+def _of_arrays(model: Model, path: Path, batch_size: int, samples: int | None) -> Batches:
     given = read_inputs(path)
     named = named_arrays(given)
     dtype, notes = floating_type(model), []
@@ -205,6 +206,6 @@ def rows_of(path: Path, given: Any, dtype: torch.dtype, rows: Tensor | None) -> 
     return tuple(made) if isinstance(given, tuple) else made[0]
 
 
-def floating_type(model: nn.Module) -> torch.dtype:
+def floating_type(model: Model) -> torch.dtype:
     """Return the floating-point type of a network's parameters."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

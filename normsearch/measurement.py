@@ -15,6 +15,7 @@ from normsearch.dependence import Crop, batch_dependence, crop_dependence
 from normsearch.errors import ModelError, PlanError
 from normsearch.forward import evaluating, try_call
 from normsearch.memory import peak_memory
+from normsearch.opening import Model, as_module
 from normsearch.reports import Change, Drift, Environment, Profile, Report
 from normsearch.sites import analyse
 
@@ -23,8 +24,8 @@ Metric = Callable[[nn.Module], float]
 
 
 def compare(
-    original: nn.Module,
-    converted: nn.Module,
+    original: Model,
+    converted: Model,
     batches: Iterable[Any],
     *,
     outputs: Outputs | None = None,
@@ -40,8 +41,9 @@ def compare(
     running statistics restored). Models, random state and modes are left as they were.
 
     Args:
-        original: the model before.
-        converted: the model after.
+        original: the model before, or an exported program.
+        converted: the model after, or an exported program. A program stays in the mode that it was exported
+            in, but for BatchNorm layers and what is made of them in the original.
         batches: inputs, never labels: a tuple is ``*args``, a dict ``**kwargs``, anything else one argument.
         outputs: picks what to compare from a model's output; by default every floating-point tensor in it.
         logits: say that outputs are logits (N, classes, ...): adds the mean KL divergence in nats of the
@@ -62,6 +64,7 @@ def compare(
         True
 
     """
+    original, converted = as_module(original), as_module(converted)
     _check_models(original, converted)
     pick = outputs or (lambda output: output)
     sums = DriftSums(logits)
@@ -96,7 +99,7 @@ def compare(
     )
 
 
-def profile(model: nn.Module, inputs: Any, *, repeats: int = 10) -> Profile:
+def profile(model: Model, inputs: Any, *, repeats: int = 10) -> Profile:
     """Measure parameters, latency and peak memory of one forward pass in eval mode.
 
     Args:
@@ -115,6 +118,7 @@ def profile(model: nn.Module, inputs: Any, *, repeats: int = 10) -> Profile:
     """
     if not isinstance(repeats, int) or repeats < 1:
         raise PlanError(f"repeats={repeats!r}: give a whole number, at least 1")
+    model = as_module(model)
     _check_models(model)
     with evaluating(model):
         times = []

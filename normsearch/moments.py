@@ -11,7 +11,9 @@ and nothing of x's size is kept for them but x.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -104,10 +106,34 @@ def _has_closed_form(x: Tensor) -> bool:
     )
 
 
+_written_down: ContextVar[bool] = ContextVar("written_down", default=False)
+
+
+@contextmanager
+def as_operators() -> Iterator[None]:
+    """Let layers run as single operations, which a graph can hold; their gradients are then autograd's."""
+    token = _written_down.set(True)
+    try:
+        yield
+    finally:
+        _written_down.reset(token)
+
+
+def is_written_down() -> bool:
+    """Whether a layer is being written down as operators: autograd functions would lose their gradients."""
+    return _written_down.get()
+
+
+def without_gradients() -> AbstractContextManager[None]:
+    """Switch gradients off where an update is made from detached values: a graph need not know."""
+    return nullcontext() if is_written_down() else torch.no_grad()
+
+
 def is_differentiated_otherwise(x: Tensor) -> bool:
     """Whether a compiler, tracer, transform of torch.func or tensor subclass sees the single operations."""
     return (
-        torch.compiler.is_compiling()
+        is_written_down()
+        or torch.compiler.is_compiling()
         or type(x) not in (Tensor, nn.Parameter)
         or torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
         or torch._C._are_functorch_transforms_active()
@@ -185,7 +211,7 @@ def _differentiated(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
 def _clipped(y: Tensor, floor: Tensor) -> Tensor:
     """max(y, floor) with floor per channel, whose gradient is the floor's where both are equal."""
     floor = floor.to(y.dtype).reshape(-1, *(1 for _ in y.shape[2:]))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_written_down():
         # Compilers keep what relu returns, but a mask of where's, which is slow to read.
         return (y - floor).relu() + floor
     return torch.where(y > floor, y, floor)

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
-
 from normsearch.compatibility import model_notes, refused_wrappers
 from normsearch.errors import PlanError, RefusedError
 from normsearch.forward import is_lazy, materialised
 from normsearch.methods import METHODS, Method, Refusal, parse_method
+from normsearch.opening import Model, as_module
 from normsearch.sites import NormSite, analyse
 from normsearch.tables import Column, Listing
 
@@ -160,7 +159,7 @@ class Plan(Mapping[str, Method]):
 
 
 def explain(
-    model: nn.Module, to: To, *, inputs: Any = None, where: Where | None = None, weights: bool = False
+    model: Model, to: To, *, inputs: Any = None, where: Where | None = None, weights: bool = False
 ) -> Explanation:
     """Return what ``plan`` would decide for every site, with every refusal, without raising for them.
 
@@ -178,6 +177,7 @@ def explain(
 
     """
     patterns = _patterns(to)
+    model = as_module(model)
     refused_wrappers(model)
     if inputs is not None and is_lazy(model):
         model = materialised(model, inputs)
@@ -199,12 +199,12 @@ def explain(
 
 
 def plan(
-    model: nn.Module, to: To, *, inputs: Any = None, where: Where | None = None, weights: bool = False
+    model: Model, to: To, *, inputs: Any = None, where: Where | None = None, weights: bool = False
 ) -> Plan:
     """Decide which method stands at which site.
 
     Args:
-        model: any nn.Module.
+        model: any nn.Module, or a ``torch.export.ExportedProgram``.
         to: a method or its spelling (``"group(groups=8)"``); a list of them in order of preference, of
             which each site gets the first that does not refuse it; or a mapping from glob patterns of
             site paths to these, of which the first that matches counts. Sites that no pattern matches

@@ -17,6 +17,7 @@ from normsearch.errors import ModelError, PlanError, ShapeError
 from normsearch.forward import evaluating, is_lazy, materialised, preserved, unwrapped
 from normsearch.measurement import DriftSums, Outputs, floating_tensors
 from normsearch.methods import Method, Refusal, parse_method
+from normsearch.opening import Model, as_module
 from normsearch.plans import refusal_at
 from normsearch.progress import OnProgress, Stage
 from normsearch.reports import Environment
@@ -28,7 +29,7 @@ from normsearch.tracing import trace
 
 
 def sensitivity(
-    model: nn.Module,
+    model: Model,
     methods: str | Method | Sequence[str | Method],
     batches: Iterable[Any],
     *,
@@ -49,7 +50,7 @@ def sensitivity(
     accounting for privacy.
 
     Args:
-        model: the trained network; it is left as it was, also when interrupted.
+        model: the trained network, or an exported program; it is left as it was, also when interrupted.
         methods: methods or spellings to try at every site.
         batches: inputs, never labels: a tuple is ``*args``, a dict ``**kwargs``, anything else one argument.
         sites: glob patterns of site paths to restrict the measurement to; by default all.
@@ -76,6 +77,7 @@ def sensitivity(
 
     """
     tried = _methods(methods)
+    model = as_module(model)
     count = length_hint(batches)
     iterator = iter(batches)
     first = next(iterator, None)

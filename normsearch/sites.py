@@ -20,6 +20,7 @@ from normsearch.forward import copied, unwrapped
 from normsearch.functional import FunctionalCall, find_functional_calls, names_batch_norm
 from normsearch.lifting import FunctionalBatchNorm, lifted
 from normsearch.observation import Observation, observe
+from normsearch.opening import Left, Model, as_module, opening_of
 from normsearch.reparametrization import out_channels
 from normsearch.tracing import WEIGHTED, Traces
 
@@ -75,6 +76,7 @@ class NormSite:
         followed_by: the activation that its output goes through, that one or the next.
         tied: full names of parameters elsewhere that are the same object as its weight or bias.
         detail: why a reported site, or one with broken statistics, cannot be converted.
+        open_batch: whether it normalizes by the batch in an exported program that takes any batch size.
 
     Example:
         >>> import torch, normsearch
@@ -103,6 +105,7 @@ class NormSite:
     followed_by: Activation | None = None
     tied: tuple[str, ...] = ()
     detail: str | None = None
+    open_batch: bool = False
 
     @property
     def fewest_elements(self) -> int | None:
@@ -110,7 +113,7 @@ class NormSite:
         return min((math.prod(shape[2:]) for shape in self.input_shapes), default=None)
 
 
-def find_sites(model: nn.Module, inputs: Any = None, *, weights: bool = False) -> tuple[NormSite, ...]:
+def find_sites(model: Model, inputs: Any = None, *, weights: bool = False) -> tuple[NormSite, ...]:
     """Find every BatchNorm layer of a model, in the order of ``named_modules()``.
 
     Modules are walked, so nothing needs to be traceable. Where torch.fx can trace the model, each site
@@ -118,7 +121,8 @@ def find_sites(model: nn.Module, inputs: Any = None, *, weights: bool = False) -
     ``inputs``, one forward pass in eval mode adds shapes and call counts. The model is left as it was.
 
     Args:
-        model: any nn.Module; wrappers (DataParallel, a compiled model) keep their prefix in the paths.
+        model: any nn.Module; wrappers (DataParallel, a compiled model) keep their prefix in the paths. Or a
+            ``torch.export.ExportedProgram``, whose own metadata tells shapes and calls.
         inputs: one forward pass's inputs: a tuple is ``*args``, a dict ``**kwargs``, anything else
             (a list too) one argument.
         weights: list convolutions and linear layers that feed no BatchNorm too, as sites of kind ``weight``
@@ -132,12 +136,13 @@ def find_sites(model: nn.Module, inputs: Any = None, *, weights: bool = False) -
 
 
 def analyse(
-    model: nn.Module, inputs: Any, *, dataflow: bool, weights: bool = False, functional: bool = False
+    model: Model, inputs: Any, *, dataflow: bool, weights: bool = False, functional: bool = False
 ) -> tuple[NormSite, ...]:
     """Do what ``find_sites`` says; the trace for dataflow, the slow part, only where it is asked for.
 
     ``functional`` says that there are F.batch_norm calls even if no forward method shows them.
     """
+    model = as_module(model)
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
     if isinstance(model, torch.jit.ScriptModule):
@@ -149,7 +154,8 @@ def analyse(
     sites = list(_walk(model))
     modules = {site.path: model.get_submodule(site.path) for site in sites}
     lazy = any(site.kind == "lazy" for site in sites)
-    observation = Observation()
+    opening = opening_of(model)
+    observation = Observation() if opening is None else opening.observation
     if inputs is not None:
         # A forward pass initialises lazy layers, so it runs on a copy of such a model.
         subject = copied(model) if lazy else model
@@ -157,7 +163,10 @@ def analyse(
         observation = observe(unwrapped(subject)[0], inputs, watched)
         if observation.functional and not functional:
             return analyse(original, inputs, dataflow=dataflow, weights=weights, functional=True)
+    if observation.ran:
         sites = [_with_observation(site, observation) for site in sites]
+    if opening is not None:
+        sites = [replace(site, open_batch=opening.leaves_batch_open(site.path)) for site in sites]
     inner, prefix = unwrapped(model)
     calls = find_functional_calls(inner, prefix, modules.values(), observation)
     if (dataflow or weights) and not lazy:
@@ -172,7 +181,8 @@ def analyse(
             )
             for site in sites
         ]
-    listed = (*sites, *(_functional_site(call) for call in calls))
+    left = () if opening is None else opening.left
+    listed = (*sites, *(_functional_site(call) for call in calls), *(_left_site(site) for site in left))
     return (*listed, *_weight_sites(model, listed)) if weights else listed
 
 
@@ -360,6 +370,24 @@ def _ranks(module: nn.Module) -> tuple[int, ...]:
 def _with_observation(site: NormSite, observation: Observation) -> NormSite:
     shapes = tuple(dict.fromkeys(observation.shapes.get(site.path, ())))
     return replace(site, input_shapes=shapes, calls=len(observation.shapes.get(site.path, ())))
+
+
+def _left_site(left: Left) -> NormSite:
+    return NormSite(
+        path=left.path,
+        kind="functional",
+        layer=left.operator,
+        channels=left.shape[1] if len(left.shape) > 1 else None,
+        eps=left.eps,
+        momentum=None,
+        affine=False,
+        track_running_stats=False,
+        trained=None,
+        ranks=_ANY_RANK,
+        input_shapes=(left.shape,),
+        calls=1,
+        detail=f"the program calls {left.operator} {left.why}",
+    )
 
 
 def _functional_site(call: FunctionalCall) -> NormSite:

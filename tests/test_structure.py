@@ -12,12 +12,13 @@ import normsearch
 PACKAGE = Path(normsearch.__file__).parent
 #: Lower modules first; a module imports only from its own row's left or from rows above.
 LAYERS = (
-    ("errors", "progress", "reparametrization", "layer_sources", "text"),
+    ("errors", "progress", "reparametrization", "layer_sources", "text", "operators"),
     ("forward", "registries", "files", "tables", "batches"),
     ("tracing", "architectures"),
     ("passes", "observation", "memory"),
-    ("moments",),
-    ("lifting",),
+    ("moments", "opening"),
+    ("lifting", "aten_layers"),
+    ("closing",),
     ("activations", "functional"),
     ("dataflow",),
     ("sites",),
@@ -29,9 +30,9 @@ LAYERS = (
     ("surgery", "lipschitz"),
     ("state_dicts",),
     ("conversion", "measurement", "recalibration", "resumption", "pairing"),
-    ("affine_fitting", "distillation"),
+    ("affine_fitting", "distillation", "programs"),
     ("calibration",),
-    ("graph", "admission", "site_effects", "site_outputs"),
+    ("graph", "admission", "site_effects", "site_outputs", "exporting"),
     ("fitting", "inputs", "reporting"),
     ("checkpoints", "arguments"),
     ("rebuilding", "training_state"),

@@ -51,8 +51,9 @@ class Writing:
         self.files: list[Made] = []
         self.notes: list[str] = []
 
-    def weights(self, model: nn.Module, architecture: Architecture, plan: Plan, what: str) -> None:
+    def weights(self, model: nn.Module, architecture: Architecture | None, plan: Plan, what: str) -> None:
         """Write weights, the script that rebuilds their network, and the plan."""
+        assert architecture is not None
         name = f"{self._stem}-{what}.safetensors"
         save(model, self._folder / name, architecture=architecture, plan=plan)
         self.files.append(Made(name=name, role="weights", media_type="application/octet-stream"))

@@ -59,7 +59,13 @@ def loaded(source: Source, folder: Path) -> Checkpoint:
             )
     elif source.arguments:
         raise ArchitectureError("arguments belong to an architecture; give both")
-    return load(folder / source.file, architecture, entry=source.entry, allow_factories=source.configured)
+    found = load(folder / source.file, architecture, entry=source.entry, allow_factories=source.configured)
+    if found.architecture is None:
+        raise CheckpointError(
+            f"{source.file} is an exported program, which the command line converts: normsearch convert "
+            f"{source.file} --to METHOD -o converted.pt2"
+        )
+    return found
 
 
 def original(source: Source, folder: Path) -> Checkpoint:
@@ -95,6 +101,7 @@ def inspected(found: Checkpoint, source: Source, folder: Path) -> Inspected:
     head = (folder / source.file).open("rb").read(64)
     kinds = ((torch_zip.MAGIC, "torch zip"), (legacy.MAGIC, "torch legacy"))
     sites = [asdict(site) for site in normsearch.find_sites(found.model)]
+    assert found.architecture is not None
     return Inspected.model_validate(
         {
             "format": next((kind for magic, kind in kinds if head.startswith(magic)), "safetensors"),

@@ -111,8 +111,8 @@ def _check_archive(path: Path, archive: zipfile.ZipFile, infos: list[zipfile.Zip
         )
     if inside & {"archive_format", "models/model.json"}:
         raise CheckpointError(
-            f"{path} is an exported program (.pt2); save the state dict of the nn.Module "
-            "that it was made from"
+            f"{path} is an exported program; rename it to {path.stem}.pt2, or save the state dict of the "
+            "nn.Module that it was made from"
         )
     if "data.pkl" not in inside:
         raise CheckpointError(

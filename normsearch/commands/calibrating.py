@@ -33,6 +33,7 @@ from normsearch.commands.running import (
     following,
     given_inputs,
     loaded_from,
+    name_of,
     print_json,
     progress,
     refuse_outputs,
@@ -60,7 +61,12 @@ def calibrate(
     inputs: NeededInputs,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The calibrated checkpoint, .safetensors.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            help="The calibrated checkpoint, .safetensors; .pt2 of .pt2.",
+            show_default=False,
+        ),
     ],
     architecture: Arch = None,
     arguments: Arguments = None,
@@ -128,7 +134,7 @@ def calibrate(
                 batches,
                 calibrated=calibrated,
                 logits=logits,
-                title=title or str(before.architecture),
+                title=title or name_of(before, original),
                 notes=given.notes,
                 on_progress=follow,
             )

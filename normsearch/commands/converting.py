@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from torch import nn
+from torch.export import ExportedProgram
 
 import normsearch
 from normsearch.architectures import Architecture
@@ -47,6 +47,7 @@ from normsearch.commands.wording import in_options
 from normsearch.errors import NormsearchError
 from normsearch.files import write_text
 from normsearch.inputs import Batches
+from normsearch.opening import Model
 from normsearch.plans import Plan
 from normsearch.rebuilding import script_names, scripts
 from normsearch.text import visible
@@ -56,7 +57,8 @@ from normsearch.text import visible
 def convert(
     checkpoint: File,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The converted checkpoint, .safetensors.")
+        Path | None,
+        typer.Option("--output", "-o", help="The converted checkpoint, .safetensors; .pt2 of a .pt2."),
     ] = None,
     to: Methods = None,
     plan_file: Annotated[
@@ -127,7 +129,7 @@ def convert(
 
 @dataclass(frozen=True)
 class _Result:
-    model: nn.Module
+    model: Model
     plan: Plan
     report: normsearch.Report | None
 
@@ -148,7 +150,8 @@ def _convert(
         else:
             made = normsearch.plan(model, read_to(to or []), inputs=inputs)
         # A copy only where there is something to compare with: checkpoints may be large.
-        converted = normsearch.convert(model, made, inputs=inputs, keep=keep.value, in_place=not compared)
+        in_place = not compared and not isinstance(model, ExportedProgram)
+        converted = normsearch.convert(model, made, inputs=inputs, keep=keep.value, in_place=in_place)
     if not compared or given is None:
         return _Result(converted, made, None)
     with progress("comparing"):
@@ -157,7 +160,7 @@ def _convert(
 
 def _write(
     result: _Result,
-    architecture: Architecture,
+    architecture: Architecture | None,
     output: Path,
     report: Path | None,
     *,
@@ -174,13 +177,16 @@ def _write(
 
 
 def script_texts(
-    model: nn.Module, architecture: Architecture, plan: Plan | None, output: Path
+    model: Model, architecture: Architecture | None, plan: Plan | None, output: Path
 ) -> dict[Path, str]:
     """Return the script that rebuilds a network beside its checkpoint, and its layers, by path.
 
     What it cannot show is no reason to lose the checkpoint: then there is a note and no script.
     """
     names = script_names(output.name)
+    if architecture is None or isinstance(model, ExportedProgram):
+        # A program is complete by itself.
+        return {}
     try:
         made = scripts(model, architecture, plan, output.name, names)
     except NormsearchError as error:

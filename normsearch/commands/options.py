@@ -18,13 +18,18 @@ class Keep(StrEnum):
 
 
 File = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors, .pt or .pth file.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A .safetensors, .pt or .pth file, or an exported program, .pt2.",
+        show_default=False,
+    ),
 ]
 MaybeFile = Annotated[
     Path | None,
     typer.Argument(
         metavar="[CHECKPOINT]",
-        help="A .safetensors, .pt or .pth file; without one, fresh weights.",
+        help="A .safetensors, .pt or .pth file, or an exported program, .pt2; without one, fresh weights.",
         show_default=False,
     ),
 ]

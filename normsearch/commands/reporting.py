@@ -34,6 +34,7 @@ from normsearch.commands.running import (
     following,
     given_inputs,
     loaded_from,
+    name_of,
     needs_inputs,
     refuse_outputs,
     reported,
@@ -189,7 +190,7 @@ def report(
             sensitivity=measured,
             threshold=threshold,
             logits=logits,
-            title=title or str(before.architecture),
+            title=title or name_of(before, original),
             notes=(*((_NOISE,) if input_shape else ()), *(() if given is None else given.notes)),
             on_progress=follow,
         )

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from torch import nn
+from torch.export import ExportedProgram
 
 import normsearch
 from normsearch.arguments import read_architecture, read_batches, read_preparation
@@ -24,6 +24,7 @@ from normsearch.commands.wording import in_options
 from normsearch.errors import CheckpointError, NormsearchError
 from normsearch.files import refuse_existing
 from normsearch.inputs import Batches
+from normsearch.opening import Model
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress
 from normsearch.tables import Listing
@@ -142,7 +143,7 @@ def show(listing: Listing) -> None:
 
 
 def given_inputs(
-    model: nn.Module,
+    model: Model,
     shape: str | None,
     batch_size: int,
     inputs: Path | None,
@@ -189,7 +190,12 @@ def loaded_from(
     return loaded
 
 
-def converted_from(path: Path, original: Checkpoint) -> tuple[nn.Module, Plan]:
+def name_of(checkpoint: Checkpoint, path: Path) -> str:
+    """Return what a report is called: the network's name, or the file's of an exported program."""
+    return path.name if checkpoint.architecture is None else str(checkpoint.architecture)
+
+
+def converted_from(path: Path, original: Checkpoint) -> tuple[Model, Plan]:
     """Load the converted form of a checkpoint, and the plan that it was converted with.
 
     Raises:
@@ -203,6 +209,8 @@ def converted_from(path: Path, original: Checkpoint) -> tuple[nn.Module, Plan]:
         loaded = load(path, original.architecture, allow_factories=True)
     if loaded.plan is None:
         fail(f"{path} does not say how it was converted; give what `normsearch convert -o` wrote")
+    if isinstance(loaded.model, ExportedProgram) != isinstance(original.model, ExportedProgram):
+        fail(f"{path} and the original are of two kinds; give two exported programs, or two checkpoints")
     return loaded.model, loaded.plan
 
 

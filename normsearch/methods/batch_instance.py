@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normsearch.errors import ShapeError
 from normsearch.methods.base import Built, Method, TrainedNorm
 from normsearch.methods.running import RunningNorm, Statistics, check_input
-from normsearch.moments import ClosedRule, normalize
+from normsearch.moments import ClosedRule, is_written_down, normalize
 from normsearch.sites import NormSite
 
 
@@ -36,6 +36,14 @@ class _ClampInward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate,) = ctx.saved_tensors
         return _inward(gate, grad)
+
+
+def _clamped(gate: Tensor) -> Tensor:
+    if is_written_down():
+        # No operator's gradient depends on its direction: here it passes always.
+        return gate + (gate.clamp(0, 1) - gate).detach()
+    clamped: Tensor = _ClampInward.apply(gate)
+    return clamped
 
 
 def _inward(gate: Tensor, grad: Tensor) -> Tensor:
@@ -121,7 +129,7 @@ class _Gate(ClosedRule):
         layer = self.layer
         statistics = layer.batch_statistics(mean, variance) if layer.uses_batch else None
         batch_mean, batch_var = layer.running() if statistics is None else statistics[:2]
-        self.rho = _ClampInward.apply(layer.rho)
+        self.rho = _clamped(layer.rho)
         self.off = mean - batch_mean.to(mean.dtype)
         self.inverses = (batch_var.to(mean.dtype) + layer.eps).rsqrt(), (variance + layer.eps).rsqrt()
         self.scales = (

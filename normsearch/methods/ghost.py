@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normsearch.errors import MethodError, ShapeError
-from normsearch.methods.base import Built, Method, TrainedNorm
+from normsearch.methods.base import Built, Method, Refusal, TrainedNorm
 from normsearch.methods.running import RunningNorm, Statistics, check_input
 from normsearch.moments import ClosedRule, batch_moments, normalize, union_gradient
 from normsearch.sites import NormSite
@@ -80,7 +80,9 @@ class GhostBatchNorm(RunningNorm):
     def _sizes(self, samples: int) -> list[int]:
         """Return the sizes of the chunks; without running statistics, eval mode has one."""
         count = max(-(-samples // self.size), 1) if self.training else 1
-        least, larger = divmod(samples, count)
+        # Not divmod, which sizes that a graph leaves open do not know.
+        least = samples // count
+        larger = samples - least * count
         return [least + 1] * larger + [least] * (count - larger)
 
     def extra_repr(self) -> str:
@@ -167,6 +169,16 @@ class Ghost(Method):
     def exact(self) -> bool:
         """In eval mode it is BatchNorm."""
         return True
+
+    def refusal(self, site: NormSite) -> Refusal | None:
+        """Refuse where the batch size, and with it the number of chunks, is open."""
+        if not site.open_batch:
+            return None
+        return self.refuse(
+            site,
+            "the number of chunks depends on the batch size, which the exported program leaves open",
+            "export the model with a fixed batch size, or choose batch_renorm",
+        )
 
     def notes(self, site: NormSite) -> tuple[str, ...]:
         """Say that chunks are local where BatchNorm was synchronized."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normsearch.errors import ShapeError
 from normsearch.methods.base import TrainedNorm
-from normsearch.moments import batch_moments
+from normsearch.moments import batch_moments, without_gradients
 
 #: Mean and variance per channel of a batch, shape (C,), and the number of its samples.
 Statistics = tuple[Tensor, Tensor, int]
@@ -133,7 +133,6 @@ class RunningNorm(nn.Module):
         assert self.running_var is not None
         return self.running_mean, self.running_var
 
-    @torch.no_grad()
     def update(self, mean: Tensor, variance: Tensor | None = None, elements: int = 0) -> None:
         """Move the running statistics towards a batch's, with the unbiased variance, as BatchNorm does.
 
@@ -143,16 +142,19 @@ class RunningNorm(nn.Module):
             elements: the number of values per channel; the variance of a single one says nothing.
 
         """
-        if not self.training or self.running_mean is None:
-            return
+        if self.training and self.running_mean is not None:
+            with without_gradients():
+                self._move(self.running_mean, mean, variance, elements)
+
+    def _move(self, running_mean: Tensor, mean: Tensor, variance: Tensor | None, elements: int) -> None:
         step: Tensor | float | None = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if step is None:
-                step = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
+                step = 1 / self.num_batches_tracked.to(running_mean.dtype)
         if step is None:
             step = 0.0
-        self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), step)
+        running_mean.lerp_(mean.detach().to(running_mean.dtype), step)
         if variance is not None and self.running_var is not None and elements > 1:
             unbiased = variance.detach() * (elements / (elements - 1))
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)

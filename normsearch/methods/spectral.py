@@ -19,6 +19,7 @@ from normsearch.methods.upstream import (
     upstream_notes,
     upstream_refusal,
 )
+from normsearch.moments import without_gradients
 from normsearch.reparametrization import Reparametrized, per_output, rows, smallest
 from normsearch.sites import NormSite
 
@@ -46,7 +47,8 @@ class SpectralNorm(Reparametrized):
         """Gain · W / σ(W)."""
         matrix = rows(self.weight_orig, self)
         if self.training:
-            self._iterate(matrix)
+            # Detached: a graph of operators does not know where gradients were switched off.
+            self._iterate(matrix.detach())
         # Copies, so that the next power iteration does not change what backward needs.
         left, right = self.left.clone(), self.right.clone()
         # Operators: a compiler does not always know torch.mv.
@@ -61,10 +63,10 @@ class SpectralNorm(Reparametrized):
             self._settle()
         return super().train(mode)
 
-    @torch.no_grad()
     def _iterate(self, matrix: Tensor) -> None:
-        self.right.copy_(F.normalize(matrix.t() @ self.left, dim=0, eps=smallest(matrix)))
-        self.left.copy_(F.normalize(matrix @ self.right, dim=0, eps=smallest(matrix)))
+        with without_gradients():
+            self.right.copy_(F.normalize(matrix.t() @ self.left, dim=0, eps=smallest(matrix)))
+            self.left.copy_(F.normalize(matrix @ self.right, dim=0, eps=smallest(matrix)))
 
     @torch.no_grad()
     def _settle(self) -> None:

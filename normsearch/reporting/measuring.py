@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from normsearch.calibration import Calibration, calibration_record
 from normsearch.dependence import Crop
 from normsearch.forward import evaluating
 from normsearch.measurement import Metric, Outputs, compare, profile
+from normsearch.opening import Model, as_module
 from normsearch.plans import Plan
+from normsearch.programs import with_layers
 from normsearch.progress import OnProgress, Stage
 from normsearch.reporting import parts, sections
 from normsearch.reporting.documents import Document
@@ -25,12 +28,12 @@ _REPEATS = 5
 
 
 def document(
-    original: nn.Module,
-    converted: nn.Module,
+    original: Model,
+    converted: Model,
     plan: Plan,
     batches: Iterable[Any] | None = None,
     *,
-    calibrated: nn.Module | None = None,
+    calibrated: Model | None = None,
     calibration: Calibration | None = None,
     sensitivity: Sensitivity | None = None,
     threshold: float = THRESHOLD,
@@ -49,8 +52,8 @@ def document(
     Models, random state and modes are left as they were.
 
     Args:
-        original: the model before.
-        converted: the model after conversion.
+        original: the model before, or an exported program.
+        converted: the model after conversion; of a program, what was converted from it.
         plan: the plan that converted it.
         batches: inputs, never labels, as for ``compare``; they are read several times, so an iterator that
             runs out is kept in memory. The first should hold three samples or more.
@@ -81,8 +84,13 @@ def document(
         >>> html = made.to_html()
 
     """
-    models = [converted] if calibrated is None else [converted, calibrated]
-    final = models[-1]
+    if calibration is None and calibrated is not None:
+        calibration = calibration_record(calibrated)
+    title = type(original).__name__ if title is None else title
+    models = [_module(converted, original)]
+    if calibrated is not None:
+        models.append(_module(calibrated, original))
+    original, final = as_module(original), models[-1]
     found = (
         None
         if batches is None
@@ -99,8 +107,6 @@ def document(
                 calibrated=scores[2] if calibrated is not None else None,
             )
         )
-    if calibration is None and calibrated is not None:
-        calibration = calibration_record(calibrated)
     if calibration is not None:
         made.append(parts.calibration(calibration))
     made.append(parts.layers(plan, found))
@@ -114,12 +120,19 @@ def document(
     from normsearch import __version__
 
     return Document(
-        title=type(original).__name__ if title is None else title,
+        title=title,
         environment=Environment.here(final),
         normsearch=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         sections=tuple(part for part in made if part is not None),
     )
+
+
+def _module(converted: Model, original: Model) -> nn.Module:
+    """Return a converted program with its layers as modules, which have outputs to look at."""
+    if isinstance(converted, ExportedProgram) and isinstance(original, ExportedProgram):
+        return with_layers(converted, original)
+    return as_module(converted)
 
 
 def _measure(
