@@ -34,7 +34,7 @@ LAYERS = (
     ("calibration",),
     ("graph", "admission", "site_effects", "site_outputs", "exporting"),
     ("fitting", "inputs", "reporting"),
-    ("checkpoints", "arguments"),
+    ("checkpoints", "arguments", "onnx_graph"),
     ("rebuilding", "training_state"),
     ("training",),
     ("searching",),

@@ -59,7 +59,7 @@ def admit(path: Path, entry: str | None = None) -> Admitted:
             plain tensors.
 
     """
-    head = _head(path)
+    head = first_bytes(path)
     suffix = path.suffix.lower()
     is_torch = head.startswith((torch_zip.MAGIC, legacy.MAGIC))
     if is_torch and suffix == ".safetensors":
@@ -87,7 +87,13 @@ def admit(path: Path, entry: str | None = None) -> Admitted:
     return Admitted(tensors, {}, notes)
 
 
-def _head(path: Path) -> bytes:
+def first_bytes(path: Path) -> bytes:
+    """Return the first bytes of a regular file.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it is empty.
+
+    """
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
