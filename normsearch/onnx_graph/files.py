@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from normsearch.admission.onnx_files import MOST_BYTES, read
 from normsearch.errors import CheckpointError, ModelError
 from normsearch.files import write_atomically
+from normsearch.onnx_graph.graphs import graphs_of
 
 #: What a model may be given as.
 Source = ir.Model | str | os.PathLike[str]
@@ -43,12 +45,10 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
         CheckpointError: the file exists or cannot be written, or ONNX's own checker finds it wrong.
 
     """
-    import onnx
-
     path = Path(path)
     if path.suffix != SUFFIX:
         raise CheckpointError(f"{path}: ONNX models are written as {SUFFIX}; give such a name")
-    proto = ir.to_proto(model)
+    proto = as_proto(model)
     size = proto.ByteSize()
     if size > MOST_BYTES:
         raise CheckpointError(
@@ -64,6 +64,22 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
 
 def _write(target: Path, data: bytes) -> None:
     target.write_bytes(data)
+
+
+def as_proto(model: ir.Model) -> onnx.ModelProto:
+    """Return a model as the file holds it.
+
+    onnx-ir describes each initializer a second time among the values, which a file need not do.
+    """
+    proto = ir.to_proto(model)
+    for graph in graphs_of(proto.graph):
+        constants = {tensor.name for tensor in graph.initializer}
+        kept = [info for info in graph.value_info if info.name not in constants]
+        if len(kept) < len(graph.value_info):
+            copies = [onnx.ValueInfoProto.FromString(info.SerializeToString()) for info in kept]
+            del graph.value_info[:]
+            graph.value_info.extend(copies)
+    return proto
 
 
 def opened(model: Source) -> ir.Model:

@@ -109,7 +109,7 @@ def infer(model: ir.Model) -> Shapes:
     with suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         proto = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     shapes = Shapes()
-    for graph in _graphs(proto.graph):
+    for graph in graphs_of(proto.graph):
         for info in (*graph.input, *graph.value_info, *graph.output):
             tensor = info.type.tensor_type
             if not info.type.HasField("tensor_type"):
@@ -151,12 +151,13 @@ def _outline(model: ir.Model) -> onnx.ModelProto:
     return ir.to_proto(outline)
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield a graph and those inside it."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for inner in ((attribute.g,) if attribute.HasField("g") else ()) + tuple(attribute.graphs):
-                yield from _graphs(inner)
+                yield from graphs_of(inner)
 
 
 def is_read_once(value: ir.Value) -> bool:

@@ -62,9 +62,13 @@ def compare(
 def parameters(model: ir.Model) -> int:
     """Return the number of floating-point numbers in a model's constants."""
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
-    values += [value for node in model.graph.all_nodes() if node.op_type == "Constant" for value in node.outputs]
+    values += [
+        value for node in model.graph.all_nodes() if node.op_type == "Constant" for value in node.outputs
+    ]
     found = [tensor_of(value) for value in values]
-    return sum(int(tensor.size) for tensor in found if tensor is not None and tensor.dtype.is_floating_point())
+    return sum(
+        int(tensor.size) for tensor in found if tensor is not None and tensor.dtype.is_floating_point()
+    )
 
 
 def _as_it_stands(found: BatchDependence) -> BatchDependence:

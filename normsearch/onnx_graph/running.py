@@ -84,8 +84,11 @@ def _cut(graph: onnx.GraphProto, outputs: Sequence[str], inputs: Mapping[str, ir
             queue += _read(makers[name])
     kept = [node for node in graph.node if any(name in needed for name in node.output)]
     constants = [tensor for tensor in graph.initializer if tensor.name in needed]
+    initialized = {tensor.name for tensor in graph.initializer}
     # Without inputs of one's own, those of the graph are given, needed or not.
-    given = [value for value in graph.input if not inputs or value.name in needed]
+    given = [
+        value for value in graph.input if value.name in needed or not (inputs or value.name in initialized)
+    ]
     for field, values in ((graph.node, kept), (graph.initializer, constants), (graph.input, given)):
         copies = [type(value).FromString(value.SerializeToString()) for value in values]
         del field[:]
