@@ -25,7 +25,7 @@ MOST_DIMENSIONS = 64
 DEEPEST_GRAPH = 12
 LONGEST_NAME = 1000
 #: A graph in an attribute is three messages down.
-LIMITS = Limits(depth=4 * DEEPEST_GRAPH + 12, messages=2_000_000, fields=20_000_000)
+LIMITS = Limits(depth=4 * DEEPEST_GRAPH + 12, messages=1_000_000, fields=5_000_000)
 DOMAINS = ("", "ai.onnx")
 
 _FIELDS = {

@@ -14,7 +14,7 @@ from typing import Any
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 _LONGEST_VARINT = 10
-_MOST_FIELD_BITS = 3
+_WIRE_TYPE_BITS, _WIRE_TYPE = 3, 7
 _SIZES = {FIXED64: 8, FIXED32: 4}
 
 
@@ -58,50 +58,66 @@ def check(
         WireError: anything else.
 
     """
+    kinds: dict[str, dict[int, _Field]] = {}
     stack: list[tuple[int, int, Any, int]] = [(0, len(data), descriptor, 0)]
-    messages = fields = 0
+    messages, fields = 1, 0
     while stack:
-        start, end, kind, depth = stack.pop()
-        messages += 1
-        if messages > limits.messages:
-            raise WireError(f"has more than {limits.messages:,} parts")
+        place, end, kind, depth = stack.pop()
         if depth > limits.depth:
             raise WireError(f"nests messages more than {limits.depth} deep")
-        seen: set[str] = set()
-        place, known = start, kind.fields_by_number
+        known = kinds.setdefault(kind.full_name, {})
+        seen: set[int] = set()
         while place < end:
             fields += 1
             if fields > limits.fields:
                 raise WireError(f"has more than {limits.fields:,} fields")
             tag, place = _varint(data, place, end)
-            field = known.get(tag >> _MOST_FIELD_BITS)
-            name = _allowed(kind, field, tag >> _MOST_FIELD_BITS, allowed, reasons)
-            stop, value = _extent(data, place, end, tag & 7)
-            expected = _wire_type(field)
-            packed = field.is_repeated and expected != LENGTH and tag & 7 == LENGTH
-            if tag & 7 != expected and not packed:
-                raise WireError(f"has a {kind.name}.{name} of the wrong wire type")
-            if name in seen and not field.is_repeated:
-                raise WireError(f"has two of {kind.name}.{name}")
-            seen.add(name)
+            number, wire_type = tag >> _WIRE_TYPE_BITS, tag & _WIRE_TYPE
+            field = known.get(number)
+            if field is None:
+                field = known[number] = _field(kind, number, allowed, reasons)
+            stop, value = _extent(data, place, end, wire_type)
+            packed = field.repeated and field.wire_type != LENGTH and wire_type == LENGTH
+            if wire_type != field.wire_type and not packed:
+                raise WireError(f"has a {kind.name}.{field.name} of the wrong wire type")
+            if number in seen and not field.repeated:
+                raise WireError(f"has two of {kind.name}.{field.name}")
+            seen.add(number)
             if packed:
-                _check_packed(data, value, stop, expected)
-            elif field.message_type is not None:
-                stack.append((value, stop, field.message_type, depth + 1))
-            elif field.type == field.TYPE_STRING:
-                _check_text(data[value:stop], kind, name)
+                _check_packed(data, value, stop, field.wire_type)
+            elif field.message is not None:
+                messages += 1
+                if messages > limits.messages:
+                    raise WireError(f"has more than {limits.messages:,} parts")
+                if stop > value:
+                    stack.append((value, stop, field.message, depth + 1))
+            elif field.text:
+                _check_text(data[value:stop], kind, field.name)
             place = stop
 
 
-def _allowed(
-    kind: Any, field: Any, number: int, allowed: Mapping[str, frozenset[str]], reasons: Mapping[str, str]
-) -> str:
-    if field is None:
+@dataclass(frozen=True)
+class _Field:
+    """A field that may be there: its name, how it is written, whether more than once, and what it holds."""
+
+    name: str
+    wire_type: int
+    repeated: bool
+    message: Any
+    text: bool
+
+
+def _field(
+    kind: Any, number: int, allowed: Mapping[str, frozenset[str]], reasons: Mapping[str, str]
+) -> _Field:
+    found = kind.fields_by_number.get(number)
+    if found is None:
         raise WireError(f"has a field {number} in {kind.name}, which is not known")
-    name: str = field.name
+    name = found.name
     if name not in allowed.get(kind.full_name, frozenset()):
         raise WireError(reasons.get(f"{kind.full_name}.{name}", f"has {kind.name}.{name}, which is not read"))
-    return name
+    text = found.type == found.TYPE_STRING
+    return _Field(name, _wire_type(found), found.is_repeated, found.message_type, text)
 
 
 def _wire_type(field: Any) -> int:

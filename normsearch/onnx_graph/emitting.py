@@ -63,7 +63,8 @@ class Emitter:
     def constant(self, name: str, values: Tensor, dtype: ir.DataType | None = None) -> ir.Value:
         """Make a constant of the input's type."""
         wanted = self.dtype if dtype is None else dtype
-        array = values.detach().cpu().numpy().astype(wanted.numpy())
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = values.detach().cpu().numpy().astype(wanted.numpy())
         return self._initializer(name, array)
 
     def whole(self, name: str, values: Sequence[int]) -> ir.Value:

@@ -30,7 +30,24 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
             ONNX's own, or contents that contradict each other.
 
     """
-    return ir.from_proto(read(Path(path)))
+    path = Path(path)
+    return deserialized(read(path), path)
+
+
+def deserialized(proto: onnx.ModelProto, path: Path) -> ir.Model:
+    """Return an admitted file's model as onnx-ir has it.
+
+    Raises:
+        CheckpointError: onnx-ir finds contradictions that ONNX's checker does not.
+
+    """
+    try:
+        return ir.from_proto(proto)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise CheckpointError(
+            f"{path} is no valid ONNX model ({type(cause).__name__}: {str(cause)[:300]}); export it again"
+        ) from error
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) -> None:

@@ -73,7 +73,10 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     node = value.producer()
     if node is None or node.op_type != "Constant" or node.domain not in DOMAINS:
         return None
-    return ir.convenience.get_const_tensor(value)
+    # Checkers let a Constant without a value pass, and one of text.
+    with suppress(ValueError):
+        return ir.convenience.get_const_tensor(value)
+    return None
 
 
 def sizes_of(tensor: ir.TensorProtocol) -> list[int]:
@@ -85,7 +88,8 @@ def as_torch(array: np.ndarray) -> Tensor | None:
     """Return numbers as a double tensor; None of text and what torch has no type for."""
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
         return None
-    return torch.from_numpy(np.array(array, dtype=np.float64))
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.array(array, dtype=np.float64))
 
 
 def names(model: ir.Model) -> set[str]:

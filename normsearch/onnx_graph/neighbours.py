@@ -54,16 +54,17 @@ def find_activation(node: ir.Node) -> Activation | None:
     return None
 
 
-def find_producer(node: ir.Node, rank: int | None) -> Producer | None:
+def find_producer(node: ir.Node, rank: int | None, channels: int | None) -> Producer | None:
     """Return the nearest convolution or linear node upstream of a site.
 
     Args:
         node: the site's node.
         rank: of its input; None where it is not known.
+        channels: of its input; None where the site cannot be rewritten.
 
     """
     for feed in _weighted_before(node):
-        detail = _distance(feed, node) or _obstacle(feed, rank)
+        detail = _distance(feed, node) or _obstacle(feed, rank, channels)
         return Producer(
             path=node_path(feed),
             layer=f"onnx.{feed.op_type}",
@@ -108,7 +109,7 @@ def _distance(feed: ir.Node, node: ir.Node) -> str | None:
     return None if is_read_once(feed.outputs[0]) else "its output is read elsewhere too"
 
 
-def _obstacle(feed: ir.Node, rank: int | None) -> str | None:
+def _obstacle(feed: ir.Node, rank: int | None, channels: int | None) -> str | None:
     weight = _weight(feed)
     if weight is None:
         return "its weight is computed in the graph"
@@ -120,6 +121,9 @@ def _obstacle(feed: ir.Node, rank: int | None) -> str | None:
             return "whether its features are the site's channels is not known: the input's rank is not 2"
     elif len(weight.shape) not in _CONVOLUTION_RANKS:
         return f"its weight has {len(weight.shape)} dimensions"
+    groups, sizes = whole(feed, "group", 1), sizes_of(weight)
+    if groups < 1 or sizes[0] % groups or out_channels(feed, sizes) != channels:
+        return "its channels are not the site's"
     bias = bias_input(feed)
     if bias is None:
         return None

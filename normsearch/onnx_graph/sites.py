@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normsearch.methods import TrainedNorm
-from normsearch.onnx_graph.graphs import DOMAINS, Shapes, constant, infer, opset
+from normsearch.onnx_graph.graphs import DOMAINS, Shapes, constant, infer, opset, tensor_of
 from normsearch.onnx_graph.neighbours import find_activation, find_producer
 from normsearch.sites import NormSite, broken_statistics, is_trained
 
@@ -99,14 +99,14 @@ def _place(node: ir.Node, path: str, shapes: Shapes, function: str | None) -> Pl
     sizes, dtype = shapes.sizes.get(name), shapes.dtypes.get(name)
     eps, momentum = (_number(node, key, default) for key, default in _NUMBERS)
     given = [constant(value) for value in node.inputs[1:]]
-    detail = next(_obstacles(node, given, function), None)
+    rank = None if sizes is None else len(sizes)
+    detail = next(_obstacles(node, given, function, rank, dtype), None)
     parameters = None
     if detail is None:
         scale, bias, mean, variance = (value for value in given if value is not None)
         parameters = (scale, bias, mean, variance)
     broken = None if parameters is None else broken_statistics(parameters[2], parameters[3], eps)
     channels = None if parameters is None else len(parameters[0])
-    rank = None if sizes is None else len(sizes)
     site = NormSite(
         path=path,
         kind="batch" if detail is None else "custom",
@@ -121,13 +121,14 @@ def _place(node: ir.Node, path: str, shapes: Shapes, function: str | None) -> Pl
         trained=None if parameters is None else is_trained(parameters[2], parameters[3], None),
         ranks=_ANY_RANK if rank is None else (rank,),
         input_shapes=() if sizes is None or channels is None else tuple(_known(sizes, channels)),
-        producer=None if function else find_producer(node, rank),
+        producer=None if function else find_producer(node, rank, channels),
         followed_by=None if function else find_activation(node),
         detail=detail or broken,
     )
     return Place(site, node, None if broken else parameters, dtype, rank)
 
 
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _NUMBERS = (("epsilon", _EPS), ("momentum", _MOMENTUM))
 
 
@@ -139,7 +140,13 @@ def _number(node: ir.Node, name: str, default: float) -> float:
     return float(f"{attribute.as_float():.7g}")
 
 
-def _obstacles(node: ir.Node, given: list[Tensor | None], function: str | None) -> Iterator[str]:
+def _obstacles(
+    node: ir.Node,
+    given: list[Tensor | None],
+    function: str | None,
+    rank: int | None,
+    dtype: ir.DataType | None,
+) -> Iterator[str]:
     """Say why a node cannot be rewritten."""
     if function is not None:
         yield f"it stands in the function {function!r}; inline functions first (onnx.inliner)"
@@ -152,6 +159,12 @@ def _obstacles(node: ir.Node, given: list[Tensor | None], function: str | None) 
             yield f"its {name} is computed in the graph, not a constant"
     if len(given) != len(PARAMETERS) or node.inputs[0] is None:
         yield "it does not have the five inputs of BatchNormalization"
+    held = [tensor_of(value) for value in node.inputs[1:]]
+    for kind in (dtype, *(tensor.dtype for tensor in held if tensor is not None)):
+        if kind is not None and kind not in _FLOATS:
+            yield f"it is of type {kind.name}; {', '.join(known.name for known in _FLOATS)} are normalized"
+    if rank is not None and rank not in _ANY_RANK:
+        yield f"its input has {rank} dimensions; (N, C) to (N, C, D, H, W) are normalized"
     shapes = {tuple(value.shape) for value in given if value is not None}
     if len(shapes) != 1 or len(shapes.pop()) != 1:
         yield "its parameters are not vectors of one length"
