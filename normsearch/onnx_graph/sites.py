@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def _place(node: ir.Node, path: str, shapes: Shapes, function: str | None) -> Pl
     eps, momentum = (_number(node, key, default) for key, default in _NUMBERS)
     given = [constant(value) for value in node.inputs[1:]]
     rank = None if sizes is None else len(sizes)
-    detail = next(_obstacles(node, given, function, rank, dtype), None)
+    detail = next(_obstacles(node, given, function, rank, dtype, eps), None)
     parameters = None
     if detail is None:
         scale, bias, mean, variance = (value for value in given if value is not None)
@@ -146,6 +147,7 @@ def _obstacles(
     function: str | None,
     rank: int | None,
     dtype: ir.DataType | None,
+    eps: float,
 ) -> Iterator[str]:
     """Say why a node cannot be rewritten."""
     if function is not None:
@@ -159,6 +161,8 @@ def _obstacles(
             yield f"its {name} is computed in the graph, not a constant"
     if len(given) != len(PARAMETERS) or node.inputs[0] is None:
         yield "it does not have the five inputs of BatchNormalization"
+    if not 0 <= eps < math.inf:
+        yield f"its epsilon is {eps:g}, not a number from 0 on"
     held = [tensor_of(value) for value in node.inputs[1:]]
     for kind in (dtype, *(tensor.dtype for tensor in held if tensor is not None)):
         if kind is not None and kind not in _FLOATS:
