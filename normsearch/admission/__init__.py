@@ -69,6 +69,11 @@ def admit(path: Path, entry: str | None = None) -> Admitted:
         )
     if not is_torch and suffix in TORCH_SUFFIXES and safetensors.looks_right(head):
         raise CheckpointError(f"{path} is a safetensors file; rename it to {path.stem}.safetensors")
+    if suffix == ".onnx":
+        raise CheckpointError(
+            f"{path} is an ONNX model, not a checkpoint; sites, plan, convert, compare and calibrate take it "
+            "(from Python: normsearch.onnx_graph)"
+        )
     if suffix not in ("", ".safetensors", *TORCH_SUFFIXES):
         raise CheckpointError(
             f"{path} has the suffix {suffix!r}; checkpoints are .safetensors, {', '.join(TORCH_SUFFIXES)}"
