@@ -529,3 +529,30 @@ def test_calibration_refuses_what_does_not_belong_together(batches: list[Tensor]
     record = onnx_graph.calibration_record(calibrated)
     assert record is not None
     assert record.rungs == ()
+
+
+def test_every_layer_that_a_method_builds_has_operators() -> None:
+    from normsearch.onnx_graph.layers import LAYERS
+
+    built = {
+        type(layer)
+        for spelling in SPELLINGS
+        for layer in normsearch.convert(Twin().eval(), to(spelling), inputs=INPUTS).modules()
+        if type(layer).__module__.startswith("normsearch.methods.") and not hasattr(layer, "kernel_size")
+    }
+    assert {kind for kind in built if not hasattr(kind, "prefix")} <= set(LAYERS)
+
+
+def test_a_trained_classifier_of_another_framework() -> None:
+    crops = pytest.importorskip("benchmarks.text_crops")
+    try:
+        path = crops.model_file()
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    original = onnx_graph.load(path)
+    x = torch.randn(2, 3, 48, 192, generator=torch.Generator().manual_seed(0))
+    assert len(onnx_graph.find_sites(original)) == 35
+    for spelling in ("identity", "frozen", "weight"):
+        converted = checked(onnx_graph.convert(original, spelling, inputs=x))
+        assert not onnx_graph.find_sites(converted)
+        torch.testing.assert_close(run(converted, x), run(original, x), rtol=1e-5, atol=1e-5)

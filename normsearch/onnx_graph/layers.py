@@ -38,7 +38,7 @@ def emit(e: Emitter, x: ir.Value, layer: nn.Module) -> ir.Value:
 
     Statistics of half-precision inputs are computed in single precision, as the layers do.
     """
-    made = _LAYERS[type(layer)]
+    made = LAYERS[type(layer)]
     if isinstance(layer, nn.Identity) or not e.is_half or made in (_affine, _instance_norm, _group_norm):
         return made(e, x, layer)
     half, e.dtype = e.dtype, ir.DataType.FLOAT
@@ -234,7 +234,8 @@ def _switchable(e: Emitter, x: ir.Value, layer: nn.Module) -> ir.Value:
     return _normalized(e, x, mixed[0], mixed[1], layer)
 
 
-_LAYERS: dict[type[nn.Module], Emit] = {
+#: How each class of layer is written; a method may build no other.
+LAYERS: dict[type[nn.Module], Emit] = {
     nn.Identity: _identity,
     nn.GroupNorm: _group_norm,
     nn.InstanceNorm1d: _instance_norm,
