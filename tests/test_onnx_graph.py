@@ -245,6 +245,28 @@ def test_subgraphs_are_rewritten_too() -> None:
         torch.testing.assert_close(run(converted, x + 20), x + 20)
 
 
+def test_sites_of_one_name_are_told_apart() -> None:
+    branches = []
+    for number in range(2):
+        inner = Writer("initializers")
+        inner.batch_norm("x", "", norm(seed=number))
+        output = [value(".y", "batch", 4, 5, 5)]
+        branches.append(onnx.helper.make_graph(inner.nodes, f"b{number}", [], output, inner.initializers))
+    w = Writer("initializers")
+    w.constant("c", torch.tensor(1.0))
+    w.node("Cast", ["c"], "condition", to=onnx.TensorProto.BOOL)
+    w.node("If", ["condition"], "z", then_branch=branches[0], else_branch=branches[1])
+    w.node("Add", [w.batch_norm("z", "a", norm()), w.batch_norm("x", "b", norm())], "y")
+    w.nodes[2].name = w.nodes[3].name = "norm"
+    original = small(w, "y")
+    assert [site.path for site in onnx_graph.find_sites(original)] == [".y", ".y#2", "a.y", "b.y"]
+    converted = checked(onnx_graph.convert(original, {".y#2": "group", "*": "frozen"}))
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        wanted = norm()(norm(seed=0)(x)) + norm()(x)
+    torch.testing.assert_close(run(converted, x), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_loop_body_reads_constants_of_the_outer_graph() -> None:
     w = Writer("initializers")
     layer = norm()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -79,19 +79,29 @@ def find_places(model: ir.Model, shapes: Shapes | None = None) -> tuple[Place, .
         if _is_batch_norm(node)
     ]
     found = [*nodes, *inside]
-    counts = Counter(node.name for node, _ in found)
-    return tuple(_place(node, _path(node, counts), shapes, within) for node, within in found)
+    paths = _paths([node for node, _ in found])
+    return tuple(
+        _place(node, path, shapes, within) for (node, within), path in zip(found, paths, strict=True)
+    )
 
 
 def _is_batch_norm(node: ir.Node) -> bool:
     return node.op_type == "BatchNormalization" and node.domain in DOMAINS
 
 
-def _path(node: ir.Node, counts: Counter[str | None]) -> str:
-    """Return a node's name; its output's where it has none of its own."""
-    if node.name and counts[node.name] == 1:
-        return node.name
-    return node.outputs[0].name or ""
+def _paths(nodes: Sequence[ir.Node]) -> list[str]:
+    """Return each node's name, its output's where others have it too; numbered where that is taken."""
+    counts = Counter(node.name for node in nodes)
+    # A dict keeps the order.
+    paths: dict[str, None] = {}
+    for node in nodes:
+        own = node.name if node.name and counts[node.name] == 1 else node.outputs[0].name or ""
+        path, number = own, 1
+        while path in paths:
+            number += 1
+            path = f"{own}#{number}"
+        paths[path] = None
+    return list(paths)
 
 
 def _place(node: ir.Node, path: str, shapes: Shapes, function: str | None) -> Place:
