@@ -65,7 +65,7 @@ def calibrate(
         typer.Option(
             "--output",
             "-o",
-            help="The calibrated checkpoint, .safetensors; .pt2 of .pt2.",
+            help="The calibrated checkpoint, .safetensors; .pt2 of .pt2, .onnx of ONNX.",
             show_default=False,
         ),
     ],

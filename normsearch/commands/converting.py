@@ -59,7 +59,9 @@ def convert(
     checkpoint: File,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The converted checkpoint, .safetensors; .pt2 of a .pt2."),
+        typer.Option(
+            "--output", "-o", help="The converted checkpoint, .safetensors; .pt2 of a .pt2, .onnx of ONNX."
+        ),
     ] = None,
     to: Methods = None,
     plan_file: Annotated[

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from normsearch.methods import METHODS, Method
+from normsearch.methods import Method
 from normsearch.onnx_graph.files import Source, opened
 from normsearch.onnx_graph.running import observed
 from normsearch.onnx_graph.sites import Place, find_places
@@ -115,6 +115,6 @@ def name_of(model: ir.Model) -> str:
 
 def _notes(notes: tuple[str, ...], method: Method) -> tuple[str, ...]:
     found = tuple(note.replace(*_NOT_CHECKED) for note in notes)
-    if method.name in _TRAINING_ONLY and method.name in METHODS:
+    if method.name in _TRAINING_ONLY:
         return (*found, "differs from BatchNorm in training alone: a scale and a shift per channel are left")
     return found
