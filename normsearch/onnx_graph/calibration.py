@@ -112,7 +112,7 @@ class _Ladder:
         errors = first
         whitened: tuple[str, ...] = ()
         gained: tuple[str, ...] = ()
-        for name, whiten in (("whitening", True), ("least squares", False)):
+        for name, whiten in (("whitening and least squares", True), ("least squares", False)):
             if errors.total <= _ROUNDING or (errors is not first and not whiten):
                 break
             began, candidate = time.monotonic(), start.clone()

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from normsearch.errors import ModelError
 from normsearch.methods import (
     BatchInstanceNorm,
     BatchRenorm,
@@ -37,8 +38,16 @@ def emit(e: Emitter, x: ir.Value, layer: nn.Module) -> ir.Value:
     """Make the nodes of a layer's eval function and return their output; x itself of an identity.
 
     Statistics of half-precision inputs are computed in single precision, as the layers do.
+
+    Raises:
+        ModelError: the layer's class is not known here.
+
     """
-    made = LAYERS[type(layer)]
+    made = LAYERS.get(type(layer))
+    if made is None:
+        raise ModelError(
+            f"{type(layer).__name__} is not known in ONNX operators; choose another method for {e.path!r}"
+        )
     if isinstance(layer, nn.Identity) or not e.is_half or made in (_affine, _instance_norm, _group_norm):
         return made(e, x, layer)
     half, e.dtype = e.dtype, ir.DataType.FLOAT
