@@ -157,7 +157,8 @@ def architectures(known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
         try:
             row = exported(name, side)
         except normsearch.NormsearchError as error:
-            row = {"network": name, "error": str(error)[:300]}
+            # Without the path of the file that would have been.
+            row = {"network": name, "error": str(error).rpartition(".onnx ")[2][:300]}
         print(row, flush=True)
         yield row
 
