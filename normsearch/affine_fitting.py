@@ -58,7 +58,7 @@ def whiten(pair: Pair, batches: Iterable[Any], stage: Stage) -> tuple[str, ...]:
     def visit(path: str, x: Tensor, output: Tensor, target: Tensor) -> Tensor | None:
         if path not in candidates:
             return None
-        scale, shift = (_along(part, x) for part in affines[path])
+        scale, shift = (along(part, x) for part in affines[path])
         whitened: Tensor = layers[path].forward((x * scale + shift).to(x.dtype))
         for index, result in enumerate((output, whitened)):
             losses[path][index] += float((result - target).double().square().sum())
@@ -110,35 +110,36 @@ def least_squares(pair: Pair, batches: Iterable[Any], stage: Stage) -> None:
     Per channel (a, b) minimise Σ (a y + b − t)² over samples and positions, from running sums, and γ ← a γ,
     β ← a β + b. Data flows through the layers as fitted so far, so a site sees what those before it became.
     """
-    sums: dict[str, Tensor] = {}
+    totals: dict[str, Tensor] = {}
 
     def visit(path: str, x: Tensor, output: Tensor, target: Tensor) -> Tensor | None:
         if not has_channel_affine(pair.sites[path].new):
             return None
         rows = [part.double().transpose(0, 1).flatten(1) for part in (output, target)]
-        new = _moments(*rows)
-        sums[path] = sums[path] + new if path in sums else new
-        scale, shift = (_along(part, output) for part in _line(sums[path]))
+        new = sums(*rows)
+        totals[path] = totals[path] + new if path in totals else new
+        scale, shift = (along(part, output) for part in line(totals[path]))
         return (output * scale + shift).to(output.dtype)
 
     for inputs in batches:
         pair.run(inputs, visit)
         stage.advance()
-    for path, moments in sums.items():
-        scale, shift = _line(moments)
+    for path, total in totals.items():
+        scale, shift = line(total)
         weight, bias = (pair.sites[path].new.get_parameter(name) for name in ("weight", "bias"))
         bias.copy_(scale * bias.double() + shift)
         weight.copy_(scale * weight.double())
 
 
-def _moments(y: Tensor, t: Tensor) -> Tensor:
-    """Sums over each row: of 1, y, t, y² and y t, shape (5, C)."""
-    return torch.stack([torch.ones_like(y).sum(1), y.sum(1), t.sum(1), (y * y).sum(1), (y * t).sum(1)])
+def sums(y: Tensor, t: Tensor) -> Tensor:
+    """Sums over each row: of 1, y, t, y², y t and t², shape (6, C)."""
+    ones = torch.ones_like(y)
+    return torch.stack([part.sum(1) for part in (ones, y, t, y * y, y * t, t * t)])
 
 
-def _line(moments: Tensor) -> tuple[Tensor, Tensor]:
+def line(total: Tensor) -> tuple[Tensor, Tensor]:
     """Return slope and intercept of the regression of t on y per channel; 1 where y is constant."""
-    count, y, t, yy, yt = moments
+    count, y, t, yy, yt, _ = total
     y, t = y / count, t / count
     variance = yy / count - y * y
     constant = variance <= 1e-12 * (1 + y * y)
@@ -146,7 +147,14 @@ def _line(moments: Tensor) -> tuple[Tensor, Tensor]:
     return slope, t - slope * y
 
 
-def _along(vector: Tensor, x: Tensor) -> Tensor:
+def residual(total: Tensor) -> float:
+    """Return Σ (a y + b − t)² over all channels, with the line of each."""
+    count, y, t, yy, yt, tt = total
+    a, b = line(total)
+    return float((a * a * yy + count * b * b + tt + 2 * (a * b * y - a * yt - b * t)).sum().clamp_min(0))
+
+
+def along(vector: Tensor, x: Tensor) -> Tensor:
     """Return a vector of one number per channel in a shape that multiplies ``x``, at least in float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return vector.to(wide).reshape(1, -1, *(1 for _ in x.shape[2:]))

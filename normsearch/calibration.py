@@ -35,7 +35,8 @@ class Rung:
     """One thing that ``calibrate`` tried.
 
     Attributes:
-        name: ``whitening``, ``least squares``, ``affine`` or ``all`` (parameters that were distilled).
+        name: ``whitening``, ``least squares``, ``affine`` or ``all`` (parameters that were distilled); of
+            ONNX graphs ``whitening and least squares`` or ``least squares``.
         error: the held-out error with it.
         kept: whether it lowered the error and was kept.
         steps: optimisation steps taken.

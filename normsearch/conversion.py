@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
@@ -153,12 +153,29 @@ def _checked(the_plan: Plan, model: nn.Module) -> Plan:
     weights = any(site.kind == "weight" for site in the_plan.sites)
     functional = any(site.kind == "functional" for site in the_plan.sites)
     analysed = analyse(model, None, dataflow=dataflow, weights=weights, functional=functional)
-    found = {site.path: site for site in analysed}
+    check_sites(the_plan, analysed, type(model).__name__)
+    return the_plan
+
+
+def check_sites(the_plan: Plan, sites: Sequence[NormSite], owner: str) -> None:
+    """Raise unless a plan fits the sites of a model.
+
+    Args:
+        the_plan: the plan.
+        sites: of the model that it is applied to.
+        owner: what the model is called in an error.
+
+    Raises:
+        PlanError: a site is missing or is another layer.
+        RefusedError: a method cannot stand at a site.
+
+    """
+    found = {site.path: site for site in sites}
     for site, method in the_plan.changes:
         here = found.get(site.path)
         if here is None:
             raise PlanError(
-                f"the plan changes {site.path!r}, where {type(model).__name__} has no BatchNorm layer; "
+                f"the plan changes {site.path!r}, where {owner} has no BatchNorm layer; "
                 "use a plan made for this model"
             )
         for name in ("layer", "kind", "channels", "eps", "affine", "bias", "track_running_stats"):
@@ -178,7 +195,6 @@ def _checked(the_plan: Plan, model: nn.Module) -> Plan:
         refusals.append(refusal_at(replace(site, tied=here.tied, detail=here.detail), method))
     if any(refusals):
         raise RefusedError(tuple(refusal for refusal in refusals if refusal is not None))
-    return the_plan
 
 
 def _check_activation(planned: NormSite, here: NormSite) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from normsearch.errors import CheckpointError, ModelError
 from normsearch.files import refuse_existing, write_atomically
-from normsearch.forward import copied, preserved, try_call
+from normsearch.forward import copied, evaluating, preserved, try_call
 from normsearch.measurement import floating_tensors
 from normsearch.moments import as_operators
 
@@ -27,8 +27,10 @@ _TOLERANCE = 1e-4
 def export(model: nn.Module, path: str | os.PathLike[str], inputs: Any, *, force: bool = False) -> None:
     """Write a model as a file that runs without its Python code and without normsearch.
 
-    The file's suffix decides: ``.pt2`` is an exported program, which torch loads. The model is exported in
-    the mode it is in: in train mode a program trains on. Its batch size stays open where the model allows it.
+    The file's suffix decides: ``.pt2`` is an exported program, which torch loads, exported in the mode that
+    the model is in: in train mode a program trains on. ``.onnx`` is the eval function as an ONNX model (extra
+    ``onnx``), of an opset in which group, layer and instance normalization are operators of their own. The
+    batch size stays open where the model allows it.
     The file is written only if it gives the model's own outputs on ``inputs``.
 
     Args:
@@ -74,8 +76,37 @@ def _write_program(model: nn.Module, path: Path, inputs: Any, force: bool) -> No
     write_atomically(path, write, force=force)
 
 
+def _write_onnx(model: nn.Module, path: Path, inputs: Any, force: bool) -> None:
+    try:
+        from normsearch import onnx_graph
+        from normsearch.onnx_graph.exporting import exported as onnx_model
+        from normsearch.onnx_graph.exporting import leaves
+        from normsearch.onnx_graph.running import Runtime
+    except ModuleNotFoundError as error:
+        raise ModelError(f"ONNX files need {error.name}: pip install 'normsearch[onnx]'") from error
+    made = onnx_model(model, inputs)
+    with evaluating(model):
+        _compare(model, _OnLeaves(Runtime(made), leaves), inputs, str(path))
+    onnx_graph.save(made, path, force=force)
+
+
+class _OnLeaves(nn.Module):
+    """A graph that takes the tensors in a network's inputs one by one."""
+
+    def __init__(self, graph: nn.Module, leaves: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._graph, self._leaves = graph, leaves
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph."""
+        return self._graph(**kwargs) if kwargs else self._graph(*self._leaves(args))
+
+
 #: What writes each format; each compares what it has written with the model before the file appears.
-_FORMATS: dict[str, Callable[[nn.Module, Path, Any, bool], None]] = {".pt2": _write_program}
+_FORMATS: dict[str, Callable[[nn.Module, Path, Any, bool], None]] = {
+    ".pt2": _write_program,
+    ".onnx": _write_onnx,
+}
 
 
 def exported(model: nn.Module, inputs: Any) -> ExportedProgram:

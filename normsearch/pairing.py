@@ -167,9 +167,9 @@ class Pair:
                 wide = old.double()
                 outputs[0] += float((new.double() - wide).square().sum())
                 outputs[1] += float(wide.square().sum())
-        sites = {path: _relative(*sums[path]) for path in self.sites if path in sums}
+        sites = {path: relative(*sums[path]) for path in self.sites if path in sums}
         if outputs[1] > 0:
-            return Errors(_relative(*outputs), sites)
+            return Errors(relative(*outputs), sites)
         return Errors(sum(sites.values()) / max(len(sites), 1), sites)
 
 
@@ -187,7 +187,8 @@ class Errors:
     sites: dict[str, float]
 
 
-def _relative(distance: float, norm: float) -> float:
+def relative(distance: float, norm: float) -> float:
+    """Return √(distance / norm) of two sums of squares."""
     return math.sqrt(distance / norm) if norm else float(distance > 0)
 
 

@@ -183,9 +183,28 @@ def explain(
         model = materialised(model, inputs)
     dataflow = any(method.needs_dataflow for methods in patterns.values() for method in methods)
     sites = analyse(model, inputs, dataflow=dataflow, weights=weights)
+    rows = decided(sites, to, where, type(model).__name__)
+    return Explanation(rows, model_notes(model, [row.site for row in rows if row.method != _BATCH]))
+
+
+def decided(sites: Sequence[NormSite], to: To, where: Where | None, owner: str) -> tuple[Row, ...]:
+    """Decide for every site, with every refusal.
+
+    Args:
+        sites: of the model.
+        to: as for ``plan``.
+        where: as for ``plan``.
+        owner: what the model is called in an error.
+
+    Raises:
+        PlanError: there is no site, or a pattern matches none.
+        MethodError: a spelling is not valid.
+
+    """
+    patterns = _patterns(to)
     if not sites:
         raise PlanError(
-            f"{type(model).__name__} has no BatchNorm layer: there is nothing to convert; "
+            f"{owner} has no BatchNorm layer: there is nothing to convert; "
             "find_sites(model) lists what normsearch sees"
         )
     unused = [pattern for pattern in patterns if not any(_matches(pattern, site) for site in sites)]
@@ -194,8 +213,7 @@ def explain(
             f"no site matches {', '.join(map(repr, unused))}; paths look like {sites[0].path!r} "
             f"and {sites[-1].path!r}, and * matches any text, dots included"
         )
-    rows = tuple(_decide(site, patterns, where) for site in sites)
-    return Explanation(rows, model_notes(model, [row.site for row in rows if row.method != _BATCH]))
+    return tuple(_decide(site, patterns, where) for site in sites)
 
 
 def plan(
@@ -228,7 +246,16 @@ def plan(
         Group(groups=2, weight_standardization=False, whiten=False)
 
     """
-    explanation = explain(model, to, inputs=inputs, where=where, weights=weights)
+    return planned(explain(model, to, inputs=inputs, where=where, weights=weights))
+
+
+def planned(explanation: Explanation) -> Plan:
+    """Return the plan that an explanation without refusals is.
+
+    Raises:
+        RefusedError: a site was left without a method.
+
+    """
     if explanation.refusals:
         raise RefusedError(explanation.refusals)
     return Plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -19,8 +20,15 @@ from normsearch import METHODS
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+#: What imports onnx, which is an extra.
+_ONNX = ("normsearch.onnx_graph", "normsearch.admission.onnx_files")
+_HAS_ONNX = importlib.util.find_spec("onnx") is not None
+
+
 def _modules() -> Iterator[ModuleType]:
     for info in pkgutil.walk_packages(normsearch.__path__, "normsearch."):
+        if info.name.startswith(_ONNX) and not _HAS_ONNX:
+            continue
         if not info.name.endswith("__main__"):
             yield importlib.import_module(info.name)
 
@@ -45,6 +53,8 @@ def test_readme_example(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     scope: dict[str, object] = {}
     for block in blocks[: number + 1]:
+        if "onnx" in block and not _HAS_ONNX:
+            pytest.skip("needs the extra onnx: pip install 'normsearch[onnx]'")
         exec(compile(block, "README.md", "exec"), scope)
 
 

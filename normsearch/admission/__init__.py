@@ -59,7 +59,7 @@ def admit(path: Path, entry: str | None = None) -> Admitted:
             plain tensors.
 
     """
-    head = _head(path)
+    head = first_bytes(path)
     suffix = path.suffix.lower()
     is_torch = head.startswith((torch_zip.MAGIC, legacy.MAGIC))
     if is_torch and suffix == ".safetensors":
@@ -69,6 +69,11 @@ def admit(path: Path, entry: str | None = None) -> Admitted:
         )
     if not is_torch and suffix in TORCH_SUFFIXES and safetensors.looks_right(head):
         raise CheckpointError(f"{path} is a safetensors file; rename it to {path.stem}.safetensors")
+    if suffix == ".onnx":
+        raise CheckpointError(
+            f"{path} is an ONNX model, not a checkpoint; sites, plan, convert, compare and calibrate take it "
+            "(from Python: normsearch.onnx_graph)"
+        )
     if suffix not in ("", ".safetensors", *TORCH_SUFFIXES):
         raise CheckpointError(
             f"{path} has the suffix {suffix!r}; checkpoints are .safetensors, {', '.join(TORCH_SUFFIXES)}"
@@ -87,7 +92,13 @@ def admit(path: Path, entry: str | None = None) -> Admitted:
     return Admitted(tensors, {}, notes)
 
 
-def _head(path: Path) -> bytes:
+def first_bytes(path: Path) -> bytes:
+    """Return the first bytes of a regular file.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it is empty.
+
+    """
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):

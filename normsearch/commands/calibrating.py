@@ -11,6 +11,7 @@ import typer
 
 import normsearch
 from normsearch.checkpoints import save
+from normsearch.commands import onnx_files
 from normsearch.commands.converting import script_texts
 from normsearch.commands.options import (
     Arch,
@@ -64,7 +65,7 @@ def calibrate(
         typer.Option(
             "--output",
             "-o",
-            help="The calibrated checkpoint, .safetensors; .pt2 of .pt2.",
+            help="The calibrated checkpoint, .safetensors; .pt2 of .pt2, .onnx of ONNX.",
             show_default=False,
         ),
     ],
@@ -101,14 +102,33 @@ def calibrate(
     normsearch calibrate resnet50.pth converted.safetensors --architecture torchvision/resnet50
     --inputs images/ -o calibrated.safetensors --report report.html
 
+    ONNX files are calibrated by least squares alone, through onnxruntime.
+
     The inputs are read as they are: with differential privacy, they are not accounted for.
     """
     if report is None and (logits or title is not None):
         option = "--logits" if logits else "--title"
         raise typer.BadParameter("it is part of a report; give --report too", param_hint=option)
     reports = [] if report is None else [report.with_suffix(".html"), report.with_suffix(".json")]
-    beside = [output.with_name(name) for name in script_names(output.name)] if script else []
+    scripted = script and not onnx_files.is_onnx(original, converted)
+    beside = [output.with_name(name) for name in script_names(output.name)] if scripted else []
     refuse_outputs([output, *beside, *reports], [original, converted, inputs], force=force)
+    if onnx_files.is_onnx(original, converted):
+        onnx_files.refuse_options(
+            architecture=architecture, arguments=arguments, entry=entry, report=report is not None
+        )
+        return onnx_files.calibrate(
+            original,
+            converted,
+            inputs,
+            output,
+            batch_size,
+            samples,
+            (image_size, mean, std),
+            seed,
+            force=force,
+            as_json=as_json,
+        )
     before = loaded_from(original, architecture, arguments, entry)
     model, plan = converted_from(converted, before)
     given = given_inputs(before.model, None, batch_size, inputs, (image_size, mean, std), samples)
@@ -149,13 +169,13 @@ def calibrate(
             made.save(report, force=force)
     written = [output, *texts, *reports]
     if as_json:
-        print_json(
+        return print_json(
             {"written": [str(path) for path in written], "notes": before.notes, "calibration": asdict(record)}
         )
-        return
     for rung in record.rungs:
         kept = "kept" if rung.kept else "undone"
         name = STEPS.get(rung.name, rung.name)
         typer.echo(f"{name}: held-out error {percent(rung.error)}, {kept}, {rung.seconds:.1f} s")
     typer.echo(f"held-out error {percent(record.error.before)} before, {percent(record.error.after)} after")
     typer.echo(f"wrote {', '.join(map(str, written))}")
+    return None

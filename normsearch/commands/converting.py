@@ -14,6 +14,7 @@ import normsearch
 from normsearch.architectures import Architecture
 from normsearch.arguments import read_plan, read_to
 from normsearch.checkpoints import Checkpoint, save
+from normsearch.commands import onnx_files
 from normsearch.commands.options import (
     Arch,
     Arguments,
@@ -58,7 +59,9 @@ def convert(
     checkpoint: File,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The converted checkpoint, .safetensors; .pt2 of a .pt2."),
+        typer.Option(
+            "--output", "-o", help="The converted checkpoint, .safetensors; .pt2 of a .pt2, .onnx of ONNX."
+        ),
     ] = None,
     to: Methods = None,
     plan_file: Annotated[
@@ -88,6 +91,8 @@ def convert(
     """Replace the BatchNorm layers of a checkpoint and write the converted one.
 
     normsearch convert resnet50.pth --architecture torchvision/resnet50 --to group -o out.safetensors
+
+    normsearch convert model.onnx --to group -o out.onnx
     """
     if bool(to) == (plan_file is not None):
         raise typer.BadParameter("give either --to or --plan", param_hint="--to")
@@ -99,8 +104,26 @@ def convert(
         raise typer.BadParameter("it is part of a report; give --report too", param_hint="--logits")
     if output is not None and not dry_run:
         # Before the work, not after it.
-        beside = [output.with_name(name) for name in script_names(output.name)] if script else []
+        scripted = script and not onnx_files.is_onnx(checkpoint)
+        beside = [output.with_name(name) for name in script_names(output.name)] if scripted else []
         refuse_outputs([output, report, *beside], [checkpoint, plan_file, inputs], force=force)
+    if onnx_files.is_onnx(checkpoint):
+        onnx_files.refuse_options(architecture=architecture, arguments=arguments, entry=entry)
+        return onnx_files.convert(
+            checkpoint,
+            None if dry_run else output,
+            to,
+            plan_file,
+            keep,
+            input_shape,
+            inputs,
+            batch_size,
+            (image_size, mean, std),
+            report,
+            logits=logits,
+            force=force,
+            as_json=as_json,
+        )
     loaded = loaded_from(checkpoint, architecture, arguments, entry)
     if loaded.plan is not None and loaded.plan.changes:
         fail(f"{checkpoint} is converted already; convert the checkpoint that it was made from")

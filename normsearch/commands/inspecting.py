@@ -11,6 +11,7 @@ import typer
 
 import normsearch
 from normsearch.arguments import read_to
+from normsearch.commands import onnx_files
 from normsearch.commands.options import (
     Arch,
     Arguments,
@@ -43,6 +44,7 @@ from normsearch.errors import NormsearchError
 from normsearch.files import write_text
 from normsearch.methods import METHODS
 from normsearch.methods.base import spelled
+from normsearch.plans import planned
 from normsearch.registries import LIBRARIES, names
 from normsearch.tables import Column, Listing
 
@@ -135,10 +137,17 @@ def sites(
     as_json: Json = False,
 ) -> None:
     """List the places where a network normalizes."""
-    loaded = loaded_from(checkpoint, architecture, arguments, entry)
-    given = given_inputs(loaded.model, input_shape, batch_size, inputs, (image_size, mean, std))
-    with progress("looking for BatchNorm"):
-        found = normsearch.find_sites(loaded.model, first_of(given))
+    images = (image_size, mean, std)
+    if checkpoint is not None and onnx_files.is_onnx(checkpoint):
+        onnx_files.refuse_options(architecture=architecture, arguments=arguments, entry=entry)
+        model = onnx_files.load(checkpoint)
+        given = onnx_files.inputs_for(model, input_shape, batch_size, inputs, images)
+        found = onnx_files.sites(model, given)
+    else:
+        loaded = loaded_from(checkpoint, architecture, arguments, entry)
+        given = given_inputs(loaded.model, input_shape, batch_size, inputs, images)
+        with progress("looking for BatchNorm"):
+            found = normsearch.find_sites(loaded.model, first_of(given))
     if as_json:
         return print_json([asdict(site) for site in found])
     columns = (
@@ -187,16 +196,22 @@ def plan(
         raise typer.BadParameter("give at least one method, for example --to group", param_hint="--to")
     if output is not None:
         refuse_outputs([output], [checkpoint, inputs], force=force)
-    loaded = loaded_from(checkpoint, architecture, arguments, entry)
-    given = first_of(given_inputs(loaded.model, input_shape, batch_size, inputs, (image_size, mean, std)))
-    with progress("planning"):
-        explanation = normsearch.explain(loaded.model, read_to(to), inputs=given)
+    images = (image_size, mean, std)
+    if checkpoint is not None and onnx_files.is_onnx(checkpoint):
+        onnx_files.refuse_options(architecture=architecture, arguments=arguments, entry=entry)
+        model = onnx_files.load(checkpoint)
+        explanation = onnx_files.explain(
+            model, to, onnx_files.inputs_for(model, input_shape, batch_size, inputs, images)
+        )
+    else:
+        loaded = loaded_from(checkpoint, architecture, arguments, entry)
+        given = first_of(given_inputs(loaded.model, input_shape, batch_size, inputs, images))
+        with progress("planning"):
+            explanation = normsearch.explain(loaded.model, read_to(to), inputs=given)
     if as_json:
         typer.echo(explanation.to_json())
     else:
         show(explanation.__rich__())
-    if explanation.refusals:
-        raise normsearch.RefusedError(explanation.refusals)
+    made = planned(explanation)
     if output is not None:
-        made = normsearch.plan(loaded.model, read_to(to), inputs=given)
         write_text(output, made.to_json(), force=force)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import normsearch
+from normsearch.commands import onnx_files
 from normsearch.commands.options import (
     Arch,
     Arguments,
@@ -51,13 +52,18 @@ def compare(
 ) -> None:
     """Measure how two checkpoints of one network differ."""
     needs_inputs(input_shape, inputs)
+    images = (image_size, mean, std)
+    if onnx_files.is_onnx(before, after):
+        onnx_files.refuse_options(architecture=architecture, arguments=arguments, entry=entry)
+        report = onnx_files.compare(before, after, input_shape, inputs, batch_size, images, logits=logits)
+        return typer.echo(report.to_json()) if as_json else OUT.print(report)
     first = loaded_from(before, architecture, arguments, entry)
     second = loaded_from(after, architecture, arguments, None)
-    given = given_inputs(first.model, input_shape, batch_size, inputs, (image_size, mean, std))
+    given = given_inputs(first.model, input_shape, batch_size, inputs, images)
     assert given is not None
     with progress("comparing"):
         report = normsearch.compare(first.model, second.model, given, logits=logits)
-    typer.echo(report.to_json()) if as_json else OUT.print(report)
+    return typer.echo(report.to_json()) if as_json else OUT.print(report)
 
 
 @reported

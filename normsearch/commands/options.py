@@ -21,7 +21,7 @@ File = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A .safetensors, .pt or .pth file, or an exported program, .pt2.",
+        help="A .safetensors, .pt or .pth file, an exported program, .pt2, or an ONNX file.",
         show_default=False,
     ),
 ]
@@ -29,7 +29,8 @@ MaybeFile = Annotated[
     Path | None,
     typer.Argument(
         metavar="[CHECKPOINT]",
-        help="A .safetensors, .pt or .pth file, or an exported program, .pt2; without one, fresh weights.",
+        help="A .safetensors, .pt or .pth file, an exported program, .pt2, or an ONNX file; without one, "
+        "fresh weights.",
         show_default=False,
     ),
 ]
