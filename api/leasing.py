@@ -88,8 +88,8 @@ class Lease:
                     return
                 now = time.monotonic()
                 on_time, before = (on_time + 1 if now - before < LEASE else 0), now
-                # Whose own lease ran out, in an outage of the database or a pause, gives the others the time of
-                # a lease to renew theirs before anybody is declared dead.
+                # Whose own lease ran out, in an outage of the database or a pause, gives the others the time
+                # of a lease to renew theirs before anybody is declared dead.
                 if on_time * BEAT >= LEASE:
                     self._reap()
             except sa.exc.SQLAlchemyError as error:
