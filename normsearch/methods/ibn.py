@@ -89,7 +89,7 @@ class _Halves(ClosedRule):
         layer, half = self.layer, self.half
         statistics = layer.batch_statistics(mean, variance) if layer.uses_batch else None
         centre, spread = layer.running() if statistics is None else statistics[:2]
-        of_batch = spread[half:].to(variance.dtype).expand(len(mean), -1)
+        of_batch = spread[half:].to(variance.dtype).expand(mean.shape[0], -1)
         self.inverse = (torch.cat([variance[:, :half], of_batch], 1) + layer.eps).rsqrt()
         self.scale = layer.scaled(self.inverse)
         self.off = mean[:, half:] - centre[half:].to(mean.dtype)
@@ -107,7 +107,7 @@ class _Halves(ClosedRule):
             of_scale[:, half:], of_shift[:, half:], self.off, self.scale[:1, half:], self.inverse[:1, half:]
         )
         of_mean = torch.cat([(of_shift[:, :half] * scale).neg_(), of_mean], 1)
-        of_variance = torch.cat([of_own, of_batch.expand(len(of_own), -1)], 1)
+        of_variance = torch.cat([of_own, of_batch.expand(of_own.shape[0], -1)], 1)
         scaled = torch.cat([by_inverse.sum(0), (through * self.inverse[:1, half:])[0]])
         return of_mean, of_variance, self.layer.of_affine(scaled, of_shift)
 
