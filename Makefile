@@ -46,6 +46,8 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.search
+	$(BIN)/python -m benchmarks.service
+	$(BIN)/python -m benchmarks.service_storms
 
 clean:
 	rm -rf .venv demo-output

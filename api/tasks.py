@@ -179,6 +179,7 @@ class Site(Strict):
     followed_by: ActivationOf | None
     tied: tuple[Name, ...]
     detail: Text | None = Field(description="why it cannot be converted")
+    open_batch: bool = Field(description="whether an exported program leaves its batch size open")
 
 
 class Inspected(Strict):
