@@ -1,0 +1,153 @@
+// What a job came to: numbers, tables, files, the code that loads them, the report, and what may be done next.
+
+import { file, get, key, text } from "./api.js";
+import { byId, bytes, copying, count, h, percent, show, shown, tell } from "./dom.js";
+import { nextPart } from "./next.js";
+import { python } from "./plantext.js";
+
+const ROLES = {
+  weights: "the network's weights", script: "rebuilds the network, without normsearch", layers: "layers that torch does not have",
+  plan: "which method stands where", report: "the report's numbers", page: "the report, to read", sensitivity: "the measured drifts",
+};
+
+export function resultPart() {
+  const next = nextPart();
+  let frame = null;
+  copying(byId("copy-code"), () => byId("load-code").textContent);
+  byId("files").addEventListener("click", (event) => {
+    const link = event.target.closest("a[data-fetch]");
+    if (!link) return;
+    event.preventDefault();
+    download(link);
+  });
+
+  function clear() {
+    show(byId("job-result"), false);
+    for (const part of ["files-part", "code-part", "next-part", "report-part"]) show(byId(part), false);
+    for (const part of ["job-cards", "job-notes", "job-tables", "files"]) byId(part).replaceChildren();
+    byId("download-status").textContent = "";
+    byId("report").removeAttribute("src");
+    if (frame) URL.revokeObjectURL(frame);
+    frame = null;
+  }
+
+  return {
+    clear,
+    async draw(job, signal) {
+      clear();
+      const { result } = job;
+      show(byId("job-result"));
+      byId("job-notes").replaceChildren(...(result.notes ?? []).map((note) => h("li", {}, shown(note))));
+      byId("job-cards").replaceChildren(...cards(job));
+      byId("job-tables").replaceChildren(...tables(job));
+      const artifacts = await artifactsOf(result.artifacts, signal);
+      if (signal.aborted) return;
+      show(byId("files-part"), artifacts.length > 0);
+      byId("files").replaceChildren(...artifacts.map(fileRow));
+      loading(artifacts);
+      next.draw(job, artifacts, signal);
+      const report = artifacts.find((one) => one.role === "page");
+      if (!report) return;
+      const html = await text(`/v1/artifacts/${report.id}`);
+      if (signal.aborted) return;
+      // A frame of its own origin, without scripts: what a report says is nobody's promise.
+      frame = URL.createObjectURL(new Blob([html], { type: "text/html; charset=utf-8" }));
+      byId("report").src = frame;
+      show(byId("report-part"));
+    },
+  };
+}
+
+/** Return what was made; ids sort by time, so that they lie beside each other in the list. */
+async function artifactsOf(ids, signal) {
+  if (!ids?.length) return [];
+  const wanted = new Map(ids.map((id, place) => [id, place]));
+  const found = [];
+  const last = ids.toSorted().at(-1);
+  let cursor = `${last}~`;
+  do {
+    const page = await get(`/v1/artifacts?${new URLSearchParams({ limit: 50, cursor })}`, { signal });
+    found.push(...page.items.filter((one) => wanted.has(one.id)));
+    cursor = page.next;
+    if (page.items.length && page.items.at(-1).id < ids.toSorted()[0]) break;
+  } while (cursor && found.length < ids.length);
+  return found.sort((a, b) => wanted.get(a.id) - wanted.get(b.id));
+}
+
+function card(label, value, detail) {
+  return h("div", { class: "card" }, h("div", { class: "small" }, label), h("div", { class: "big" }, value), detail ? h("div", { class: "small" }, detail) : null);
+}
+
+function cards({ kind, result }) {
+  if (kind === "conversion" || kind === "convert") {
+    return [
+      card("Layers replaced", count(result.changed)),
+      card("Eval function", result.exact ? "kept exactly" : "approximate", result.exact ? "" : "calibration brings it closer"),
+      card("Batch independent", result.batch_independent ? "yes" : "in eval only", result.batch_independent ? "in training too" : "training uses statistics of the batch"),
+    ];
+  }
+  if (kind === "calibration") {
+    const steps = result.rungs.filter((rung) => rung.kept).length;
+    return [
+      card("Held-out error before", percent(result.before), "relative L2 of the outputs"),
+      card("Held-out error after", percent(result.after), result.before ? `${(result.before / result.after).toFixed(1)} times closer` : ""),
+      card("Steps that helped", `${steps} of ${result.rungs.length}`, "one that does not is undone"),
+    ];
+  }
+  if (kind === "sensitivity") {
+    const vetoes = Object.values(result.vetoes).reduce((sum, methods) => sum + methods.length, 0);
+    return [
+      card("Sites", count(result.sites)), card("Methods", count(result.methods.length)),
+      card("Vetoes", count(vetoes), "a method that moves the output too far at a site"),
+    ];
+  }
+  return searchCards(result);
+}
+
+function searchCards() {
+  return [];
+}
+
+function tables({ kind, result }) {
+  if (kind !== "calibration") return [];
+  const row = (rung) => h("tr", {}, h("th", { scope: "row" }, shown(rung.name)), h("td", { class: "n" }, percent(rung.error)),
+    h("td", {}, rung.kept ? "kept" : "undone"), h("td", { class: "n" }, count(rung.steps)), h("td", { class: "n" }, rung.seconds.toFixed(1)));
+  return [h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Steps of the calibration" }, h("table", {},
+    h("thead", {}, h("tr", {}, ...["step", "held-out error", "outcome", "optimisation steps", "seconds"].map((name, place) => h("th", { scope: "col", class: place === 0 || place === 2 ? null : "n" }, name)))),
+    h("tbody", {}, ...result.rungs.map(row))))];
+}
+
+function fileRow(one) {
+  const path = `/v1/artifacts/${one.id}`;
+  return h("tr", {},
+    h("th", { scope: "row" }, h("a", { href: path, download: one.filename, "data-fetch": Boolean(key()) }, h("bdi", {}, shown(one.filename)))),
+    h("td", {}, ROLES[one.role] ?? one.role),
+    h("td", { class: "n" }, bytes(one.bytes)),
+    h("td", {}, h("code", { class: "digest" }, one.sha256)));
+}
+
+/** A link cannot send a key: the file is fetched, and then saved. */
+async function download(link) {
+  const status = byId("download-status");
+  status.textContent = `Fetching ${link.download}…`;
+  try {
+    const address = URL.createObjectURL(await file(link.getAttribute("href")));
+    h("a", { href: address, download: link.download }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 60_000);
+    status.textContent = "";
+  } catch (error) {
+    if (error.status !== 401) tell(status, error);
+  }
+}
+
+function loading(artifacts) {
+  const weights = artifacts.find((one) => one.role === "weights");
+  const script = artifacts.find((one) => one.role === "script");
+  show(byId("code-part"), Boolean(weights));
+  if (!weights) return;
+  const lines = script
+    ? ["# the files beside each other; normsearch is not needed", `from ${script.filename.replace(/\.py$/, "")} import load`, "", "model = load()"]
+    : ["import normsearch", "", `model = normsearch.load(${python(weights.filename)}).model`];
+  byId("load-code").textContent = lines.join("\n");
+}
+
