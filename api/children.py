@@ -58,7 +58,7 @@ def source(
     configured = architecture is not None and architecture.startswith(FACTORIES)
     if architecture is not None and configured:
         name = architecture.removeprefix(FACTORIES)
-        known = settings.factories
+        known = settings.networks
         if name not in known:
             there = ", ".join(f"{FACTORIES}{one}" for one in sorted(known)) or "none"
             raise ProblemError(

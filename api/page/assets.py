@@ -65,7 +65,7 @@ class Assets:
                 "default-src 'none'",
                 "script-src 'self'",
                 f"style-src 'self' 'sha256-{_report_style()}'",
-                "img-src 'self'",
+                "img-src 'self' data:",
                 "connect-src 'self'",
                 "frame-src blob:",
                 "base-uri 'none'",

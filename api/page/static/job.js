@@ -45,7 +45,7 @@ function take(name, data, number, signal, result) {
   line(name, data);
   const isOver = !UNFINISHED.includes(job.state);
   if (name === "progress" && !isOver) job = { ...job, state: "running", progress: data, seconds_left: data.seconds_left };
-  else if (name === "started" && !isOver) job = { ...job, state: "running", attempts: data.attempt, progress: null };
+  else if (name === "started" && !isOver) job = { ...job, state: "running", attempts: data.attempt, progress: null, started: job.started ?? new Date().toISOString() };
   if (["succeeded", "failed", "cancelled"].includes(name)) {
     if (!isOver) ended(signal, result);
     return "end";

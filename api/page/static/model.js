@@ -93,7 +93,7 @@ export function modelView() {
       const { input_shape, dataset } = inputs.asked();
       const extra = spellings(now.choice).filter((method) => !now.methods.some((known) => known.name === method));
       const methods = [...now.methods.map((one) => one.name).filter((name) => name !== KEEP), ...extra];
-      const found = await post(`/v1/models/${now.model.id}/choices`, { methods, input_shape, dataset }, { signal });
+      const found = await post("/v1/plans/choices", { model: now.model.id, methods, input_shape, dataset }, { signal });
       if (mine !== asked || signal.aborted) return;
       inputs.fail(null);
       now.sites = found.sites;

@@ -12,7 +12,7 @@ const SHADES = 5;
 
 /** Draw `sites` into a frame; `open` is called with the path of a site that is clicked. */
 export function drawPicture(frame, legend, sites, decisions, open) {
-  const step = Math.max(9, Math.min(44, Math.floor((frame.clientWidth - LEFT - 8) / Math.max(sites.length, 1)) || 18));
+  const step = Math.max(9, Math.min(84, Math.floor((frame.clientWidth - LEFT - 8) / Math.max(sites.length, 1)) || 18));
   const width = LEFT + step * sites.length + 8;
   const kinds = activations(sites);
   const height = TOP + BARS + 8 + 3 * ROW + 4;
@@ -22,7 +22,7 @@ export function drawPicture(frame, legend, sites, decisions, open) {
   });
   picture.append(...bands(sites, step, height), ...grid(scale, width));
   sites.forEach((site, number) => picture.append(column(site, LEFT + number * step, step, scale, decisions.get(site.path), kinds)));
-  for (const [name, place] of [["channels", TOP + 8], ["map", TOP + BARS + 8 + 17], ["fed by", TOP + BARS + 8 + ROW + 17], ["then", TOP + BARS + 8 + 2 * ROW + 17]]) {
+  for (const [name, place] of [["channels", 14], ["map", TOP + BARS + 8 + 17], ["fed by", TOP + BARS + 8 + ROW + 17], ["then", TOP + BARS + 8 + 2 * ROW + 17]]) {
     picture.append(svg("text", { x: 0, y: place, class: "tick" }, name));
   }
   picture.addEventListener("click", (event) => {
@@ -83,7 +83,7 @@ function bands(sites, step, height) {
 const partOf = (site, depth) => site.path.split(".").slice(0, depth).join(".");
 
 function column(site, x, step, scale, decision, kinds) {
-  const thick = Math.max(5, Math.min(30, step - 4));
+  const thick = Math.max(5, Math.min(36, step - 4));
   const [left, middle] = [x + (step - thick) / 2, x + step / 2];
   const high = scale.height(site.channels);
   const group = svg("g", { "data-path": site.path, class: `site ${decision.effect}${decision.by === "all" ? "" : " own"}` });

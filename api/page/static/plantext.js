@@ -31,6 +31,7 @@ export function asPython(model, to) {
   return [
     "import normsearch",
     "",
+    ...(registered(model) ? [] : ["# whatever builds the network, as package.module:factory"]),
     `architecture = normsearch.Architecture(${name})`,
     `loaded = normsearch.load(${python(model.filename)}, architecture${registered(model) ? "" : ", allow_factories=True"})`,
     `plan = normsearch.plan(loaded.model, ${pythonMapping(to)})`,

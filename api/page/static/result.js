@@ -10,6 +10,8 @@ const ROLES = {
   plan: "which method stands where", report: "the report's numbers", page: "the report, to read", sensitivity: "the measured drifts",
 };
 
+const RUNGS = { affine: "distilling into the new layers", all: "distilling into all parameters" };
+
 export function resultPart() {
   const next = nextPart();
   let frame = null;
@@ -110,7 +112,7 @@ function searchCards() {
 
 function tables({ kind, result }) {
   if (kind !== "calibration") return [];
-  const row = (rung) => h("tr", {}, h("th", { scope: "row" }, shown(rung.name)), h("td", { class: "n" }, percent(rung.error)),
+  const row = (rung) => h("tr", {}, h("th", { scope: "row" }, shown(RUNGS[rung.name] ?? rung.name)), h("td", { class: "n" }, percent(rung.error)),
     h("td", {}, rung.kept ? "kept" : "undone"), h("td", { class: "n" }, count(rung.steps)), h("td", { class: "n" }, rung.seconds.toFixed(1)));
   return [h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Steps of the calibration" }, h("table", {},
     h("thead", {}, h("tr", {}, ...["step", "held-out error", "outcome", "optimisation steps", "seconds"].map((name, place) => h("th", { scope: "col", class: place === 0 || place === 2 ? null : "n" }, name)))),

@@ -106,7 +106,13 @@ export function producerOf(site) {
   return groups > 1 ? (groups === site.channels ? `${shown(name)}, depthwise` : `${shown(name)}, ${groups} groups`) : shown(name);
 }
 
+/** Functions under the names of the layers that do the same. */
+const ACTIVATIONS = ["ReLU", "ReLU6", "SiLU", "GELU", "Hardswish", "Hardsigmoid", "LeakyReLU", "ELU", "Mish", "Sigmoid", "Tanh"];
+const NAMES = new Map(ACTIVATIONS.map((name) => [name.toLowerCase(), name]));
+
 export function activationOf(site) {
   const found = site.followed_by?.layer ?? site.activation;
-  return found ? shown(found.split(".").pop()) : "–";
+  if (!found) return "–";
+  const name = found.split(".").pop();
+  return shown(NAMES.get(name.replaceAll("_", "").toLowerCase()) ?? name);
 }
