@@ -6,7 +6,7 @@ import { byId, count, h, settled, show, shown, tell } from "./dom.js";
 import { inputsPart } from "./inputs.js";
 import { watchJobs } from "./joblist.js";
 import { methodField } from "./methodfield.js";
-import { drawPicture } from "./picture.js";
+import { sitePicture } from "./picture.js";
 import { planText } from "./plantext.js";
 import { runPart } from "./run.js";
 import { remember, remembered } from "./session.js";
@@ -15,8 +15,9 @@ import { sitesTable } from "./sitestable.js";
 
 /** What is known of the model that is shown. */
 const now = {
-  model: null, sites: [], methods: [], columns: [], cells: new Map(), order: null, choice: empty(), plan: null, signal: null,
+  model: null, sites: [], ordered: [], methods: [], columns: [], cells: new Map(), choice: empty(), plan: null, signal: null,
 };
+let decisions = new Map();
 let asked = 0;
 
 export function modelView() {
@@ -26,11 +27,12 @@ export function modelView() {
   });
   const open = (path) => dialog(site(path), cellsOf(path), now.columns, now.choice, now.methods);
   const table = sitesTable(open, (path, method) => chosen({ sites: { ...now.choice.sites, [path]: method } }));
+  const picture = sitePicture(byId("picture"), byId("picture-legend"), open);
   const text = planText();
   const fieldOfAll = methodField(byId("all"), byId("all-own"), (method) => chosen({ all: method }));
   const fieldOfRule = methodField(byId("rule-method"), byId("rule-method-own"), () => {});
   const inputs = inputsPart(() => survey());
-  const run = runPart(() => ({ ...now, ...inputs.asked() }));
+  const run = runPart(() => ({ ...now, ...inputs.asked(), data: inputs.data(), decided: [...decisions.values()].map((one) => one.method) }));
   const dryRun = settled(500, tryPlan);
 
   function chosen(changes) {
@@ -42,12 +44,12 @@ export function modelView() {
   }
 
   function draw() {
-    const decisions = new Map(now.sites.map((one) => [one.path, decided(now.choice, one, cellsOf(one.path))]));
+    decisions = new Map(now.sites.map((one) => [one.path, decided(now.choice, one, cellsOf(one.path))]));
     fieldOfAll.set(now.choice.all);
     drawRules();
     table.update(decisions);
-    drawPicture(byId("picture"), byId("picture-legend"), ordered(), decisions, open);
-    summarize(decisions);
+    picture(now.ordered, decisions);
+    summarize();
     text.draw(now.model, to(now.choice), inputs.asked());
     run.draw();
     dryRun();
@@ -97,7 +99,7 @@ export function modelView() {
       if (mine !== asked || signal.aborted) return;
       inputs.fail(null);
       now.sites = found.sites;
-      now.order = found.order;
+      now.ordered = inOrder(found.sites, found.order);
       now.columns = found.methods;
       now.cells = new Map(found.sites.map((one, row) => [one.path, new Map(found.methods.map((name, column) => [name, found.choices[row][column]]))]));
       table.build(now.sites, now.columns, now.cells);
@@ -138,6 +140,8 @@ export function modelView() {
     }
   }
 
+  addEventListener("resize", settled(200, () => now.model && !byId("view-model").hidden && draw()));
+
   return async (identifier, signal) => {
     const model = await get(`/v1/models/${identifier}`, { signal });
     const [sites, methods, data] = await Promise.all([
@@ -147,7 +151,7 @@ export function modelView() {
     ]);
     const kept = remembered(identifier);
     Object.assign(now, {
-      model, sites, methods, signal, columns: [], cells: new Map(), order: null, plan: null, choice: kept.choice ?? empty(),
+      model, sites, methods, signal, ordered: sites, columns: [], cells: new Map(), plan: null, choice: kept.choice ?? empty(),
     });
     header(model);
     fieldOfAll.fill(methods, true);
@@ -157,7 +161,8 @@ export function modelView() {
     inputs.start(model, data, kept);
     tell(byId("choose-error"), null);
     byId("plan-notes").replaceChildren();
-    table.build(sites, methods.map((one) => one.name).filter((name) => name !== KEEP), new Map());
+    table.build(sites, [], new Map());
+    run.build();
     draw();
     if (!model.converted) survey();
     watchJobs({ rows: byId("model-jobs"), empty: byId("model-jobs-empty"), frame: byId("model-jobs-scroll") }, (job) => job.model === identifier, signal);
@@ -169,11 +174,10 @@ const site = (path) => now.sites.find((one) => one.path === path);
 const cellsOf = (path) => now.cells.get(path);
 
 /** Return the sites in the order in which data reach them, where a forward pass showed it. */
-function ordered() {
-  if (!now.order) return now.sites;
-  const place = new Map(now.order.map((path, number) => [path, number]));
-  const last = now.sites.length;
-  return now.sites.toSorted((a, b) => (place.get(a.path) ?? last) - (place.get(b.path) ?? last));
+function inOrder(sites, order) {
+  if (!order) return sites;
+  const place = new Map(order.map((path, number) => [path, number]));
+  return sites.toSorted((a, b) => (place.get(a.path) ?? sites.length) - (place.get(b.path) ?? sites.length));
 }
 
 function ruleLine(parts, label, remove) {
@@ -202,7 +206,7 @@ function header(model) {
   show(byId("model-converted"), model.converted);
 }
 
-function summarize(decisions) {
+function summarize() {
   const tally = new Map();
   let [refused, approx, unknown, changed] = [0, 0, 0, 0];
   for (const one of decisions.values()) {

@@ -7,32 +7,55 @@ const TOP = 26;
 const BARS = 130;
 const LEFT = 74;
 const ROW = 26;
+const MARGIN = 46;
 const EFFECTS = { kept: "stays BatchNorm", exact: "exact", approx: "approximate", refused: "refused", unknown: "not known yet" };
 const SHADES = 5;
 
-/** Draw `sites` into a frame; `open` is called with the path of a site that is clicked. */
-export function drawPicture(frame, legend, sites, decisions, open) {
-  const step = Math.max(9, Math.min(84, Math.floor((frame.clientWidth - LEFT - 8) / Math.max(sites.length, 1)) || 18));
-  const width = LEFT + step * sites.length + 8;
-  const kinds = activations(sites);
-  const height = TOP + BARS + 8 + 3 * ROW + 4;
-  const scale = bar(sites);
-  const picture = svg("svg", {
-    width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": told(sites, decisions),
-  });
-  picture.append(...bands(sites, step, height), ...grid(scale, width));
-  sites.forEach((site, number) => picture.append(column(site, LEFT + number * step, step, scale, decisions.get(site.path), kinds)));
-  for (const [name, place] of [["channels", 14], ["map", TOP + BARS + 8 + 17], ["fed by", TOP + BARS + 8 + ROW + 17], ["then", TOP + BARS + 8 + 2 * ROW + 17]]) {
-    picture.append(svg("text", { x: 0, y: place, class: "tick" }, name));
-  }
-  picture.addEventListener("click", (event) => {
+/** The picture of a model's sites in a frame; `open` is called with the path of a site that is clicked. */
+export function sitePicture(frame, legend, open) {
+  let [drawn, groups, kinds, wide] = [null, new Map(), [], 0];
+  frame.addEventListener("click", (event) => {
     const found = event.target.closest("[data-path]");
     if (found) open(found.dataset.path);
   });
-  const scrolled = frame.scrollLeft;
-  frame.replaceChildren(picture);
-  frame.scrollLeft = scrolled;
-  legend.replaceChildren(...keys(decisions, kinds, sites));
+
+  function build(sites) {
+    const step = Math.max(9, Math.min(100, Math.floor(wide / Math.max(sites.length, 1))));
+    const width = LEFT + step * sites.length + 8;
+    const height = TOP + BARS + 8 + 3 * ROW + 4;
+    const scale = bar(sites);
+    kinds = activations(sites);
+    groups = new Map(sites.map((site, number) => [site.path, column(site, LEFT + number * step, step, scale, kinds)]));
+    const rows = [["channels", 14], ["map", TOP + BARS + 25], ["fed by", TOP + BARS + ROW + 25], ["then", TOP + BARS + 2 * ROW + 25]];
+    const picture = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" },
+      ...bands(sites, step, height), ...grid(scale, width), ...groups.values(),
+      ...rows.map(([name, y]) => svg("text", { x: 0, y, class: "tick" }, name)));
+    const scrolled = frame.scrollLeft;
+    frame.replaceChildren(picture);
+    frame.scrollLeft = scrolled;
+  }
+
+  return (sites, decisions) => {
+    // A view that is not shown yet has no width of its own.
+    const room = (frame.clientWidth || frame.closest("main").clientWidth - 2 * MARGIN) - LEFT - 8;
+    if (drawn !== sites || room !== wide) {
+      [drawn, wide] = [sites, room];
+      build(sites);
+    }
+    for (const site of sites) repaint(groups.get(site.path), site, decisions.get(site.path));
+    frame.firstChild.setAttribute("aria-label", told(sites, decisions));
+    legend.replaceChildren(...keys(decisions, kinds, sites));
+  };
+}
+
+function repaint(group, site, { method, effect, by }) {
+  const kind = `site ${effect}${by === "all" ? "" : " own"}`;
+  if (group.getAttribute("class") !== kind) group.setAttribute("class", kind);
+  const last = `${shown(method)}: ${EFFECTS[effect]}`;
+  if (group.dataset.last === last) return;
+  group.dataset.last = last;
+  const facts = `${site.channels ?? "?"} channels, map ${mapOf(site)}\nfed by ${producerOf(site)}, then ${activationOf(site)}`;
+  group.firstChild.textContent = `${shown(site.path)}\n${facts}\n${last}`;
 }
 
 function told(sites, decisions) {
@@ -82,23 +105,18 @@ function bands(sites, step, height) {
 
 const partOf = (site, depth) => site.path.split(".").slice(0, depth).join(".");
 
-function column(site, x, step, scale, decision, kinds) {
+function column(site, x, step, scale, kinds) {
   const thick = Math.max(5, Math.min(36, step - 4));
   const [left, middle] = [x + (step - thick) / 2, x + step / 2];
   const high = scale.height(site.channels);
-  const group = svg("g", { "data-path": site.path, class: `site ${decision.effect}${decision.by === "all" ? "" : " own"}` });
-  const facts = `${shown(site.path)}\n${site.channels ?? "?"} channels, map ${mapOf(site)}\nfed by ${producerOf(site)}, then ${activationOf(site)}\n${shown(decision.method)}: ${EFFECTS[decision.effect]}`;
-  group.append(
-    svg("title", {}, facts),
+  const half = Math.min(5, thick / 2 - 1);
+  const y = TOP + BARS - high / 2;
+  return svg("g", { "data-path": site.path },
+    svg("title"),
     svg("rect", { x, y: TOP - 4, width: step, height: BARS + 12 + 3 * ROW, class: "hit" }),
-    svg("rect", { x: left, y: TOP + BARS - high, width: thick, height: high, rx: 2, class: "column" }));
-  if (decision.effect === "refused") {
-    const y = TOP + BARS - high / 2;
-    const half = Math.min(5, thick / 2 - 1);
-    group.append(svg("path", { d: `M${middle - half} ${y - half}l${2 * half} ${2 * half}m0 ${-2 * half}l${-2 * half} ${2 * half}`, class: "cross" }));
-  }
-  group.append(...mapMark(site, middle, thick), producerMark(site, middle), activationMark(site, middle, kinds));
-  return group;
+    svg("rect", { x: left, y: TOP + BARS - high, width: thick, height: high, rx: 2, class: "column" }),
+    svg("path", { d: `M${middle - half} ${y - half}l${2 * half} ${2 * half}m0 ${-2 * half}l${-2 * half} ${2 * half}`, class: "cross" }),
+    ...mapMark(site, middle, thick), producerMark(site, middle), activationMark(site, middle, kinds));
 }
 
 /** A square as large as the map, on a logarithmic scale: 1×1 is a dot. */

@@ -106,17 +106,45 @@ function cards({ kind, result }) {
   return searchCards(result);
 }
 
-function searchCards() {
-  return [];
+/** The best plan of a search, and whether it is better than the same method everywhere. */
+function searchCards(result) {
+  const best = result.confirmation[result.chosen];
+  const methods = Object.entries(result.methods).sort((a, b) => b[1] - a[1]).map(([method, many]) => `${shown(method)} × ${many}`);
+  const gain = best?.gain ?? null;
+  return [
+    card("Returned", best?.uniform ? `${shown(best.uniform)} everywhere` : "a mix", methods.join(", ")),
+    best ? card("Score", percent(mean(best.scores.length ? best.scores : [best.searched])), best.scores.length ? "accuracy on held-out data, mean over seeds" : "accuracy in the search, not confirmed") : null,
+    gain === null ? null : card("Over the best uniform plan", signed(gain), best.error === null ? "" : `± ${percent(best.error)} standard error`),
+    card("Plans tried", count(result.trials)),
+  ].filter(Boolean);
 }
 
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+const signed = (value) => `${value < 0 ? "−" : "+"}${percent(Math.abs(value))}`;
+
 function tables({ kind, result }) {
+  if (kind === "search") return result.confirmation.length ? [confirmed(result)] : [];
   if (kind !== "calibration") return [];
   const row = (rung) => h("tr", {}, h("th", { scope: "row" }, shown(RUNGS[rung.name] ?? rung.name)), h("td", { class: "n" }, percent(rung.error)),
     h("td", {}, rung.kept ? "kept" : "undone"), h("td", { class: "n" }, count(rung.steps)), h("td", { class: "n" }, rung.seconds.toFixed(1)));
-  return [h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Steps of the calibration" }, h("table", {},
-    h("thead", {}, h("tr", {}, ...["step", "held-out error", "outcome", "optimisation steps", "seconds"].map((name, place) => h("th", { scope: "col", class: place === 0 || place === 2 ? null : "n" }, name)))),
-    h("tbody", {}, ...result.rungs.map(row))))];
+  return [framed("Steps of the calibration", ["step", "held-out error*", "outcome", "optimisation steps*", "seconds*"], result.rungs.map(row))];
+}
+
+/** A table with a name in a frame that scrolls; columns that end with * hold numbers. */
+function framed(name, columns, rows) {
+  const heads = columns.map((text) => h("th", { scope: "col", class: text.endsWith("*") ? "n" : null }, text.replace("*", "")));
+  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name },
+    h("table", {}, h("thead", {}, h("tr", {}, ...heads)), h("tbody", {}, ...rows)));
+}
+
+function confirmed(result) {
+  const rows = result.confirmation.map((plan, place) => h("tr", { class: place === result.chosen ? "taken-row" : null },
+    h("th", { scope: "row" }, plan.uniform ? `${shown(plan.uniform)} everywhere` : `mix of trial ${plan.trial}`, place === result.chosen ? h("small", {}, "returned") : null),
+    h("td", { class: "n" }, percent(plan.searched)),
+    h("td", { class: "n" }, plan.scores.length ? percent(mean(plan.scores)) : "–"),
+    h("td", { class: "n" }, plan.gain === null ? "–" : signed(plan.gain)),
+    h("td", {}, plan.beats ? "beyond noise" : "")));
+  return framed("Plans that were run again", ["plan", "in the search*", "on held-out data*", "over the best uniform*", ""], rows);
 }
 
 function fileRow(one) {

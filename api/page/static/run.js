@@ -40,8 +40,8 @@ export function runPart(state) {
         tell(error, problem);
         error.scrollIntoView({ block: "nearest" });
       } finally {
-        button.disabled = false;
-        bar.disabled = false;
+        button.disabled = bar.disabled = false;
+        made.draw?.(button);
       }
     });
     panel.replaceChildren(form);
@@ -49,8 +49,7 @@ export function runPart(state) {
     draw = () => made.draw?.(button);
   }
   let draw = () => {};
-  build();
-  return { draw: () => draw() };
+  return { build, draw: () => draw() };
 }
 
 export const field = (label, input, help) => {
@@ -69,6 +68,9 @@ export function whole(form, name) {
 }
 
 const inputsOf = ({ input_shape, dataset }) => ({ input_shape, dataset });
+
+/** What is chosen from where nothing is said, as in the library. */
+const SEARCHED = ["batch", "group", "layer", "instance", "batch_instance", "switchable", "batch_renorm"];
 
 const FORMS = {
   conversions: (state) => {
@@ -109,6 +111,41 @@ const FORMS = {
       },
     };
   },
-  searches: () => ({ parts: [h("p", {}, "…")], body: () => ({}) }),
+  searches: (state) => {
+    const needs = h("p", { class: "warn" }, "A search trains and scores plans on a data set with labels: choose one under Inputs.");
+    const offered = state().methods.map((one) =>
+      h("label", { class: "check" }, h("input", { type: "checkbox", name: "methods", value: one.name, checked: SEARCHED.includes(one.name) }), one.name));
+    return {
+      parts: [
+        h("p", {}, "Tries plans that mix methods, trains each for a moment, and returns the best; a mix only if it beats the best uniform plan on data that no trial saw."),
+        needs,
+        h("fieldset", { class: "choices" }, h("legend", {}, "Methods to choose from"), ...offered),
+        h("div", { class: "fields" },
+          field("Plans to try", number("trials", 24, 2, 5000)), field("Training steps of each", number("steps", 100, 1, 20_000)),
+          field("Samples", number("samples", 10_000, 10, 1_000_000), "60 % train, 20 % score, 20 % confirm"),
+          field("Fresh seeds for the best", number("confirm", 3, 0, 20), "0 takes the best at its word")),
+        h("div", { class: "actions" },
+          h("label", { class: "check" }, h("input", { type: "checkbox", name: "batch_independent" }), "no output may depend on the batch"),
+          h("label", { class: "check" }, h("input", { type: "checkbox", name: "latency" }), "minimise latency as well (Pareto front)")),
+      ],
+      draw(button) {
+        const { dataset, data } = state();
+        const found = data.find((one) => one.id === dataset);
+        const fits = Boolean(found && (found.targets || found.kind === "images"));
+        needs.hidden = fits;
+        button.disabled = !fits;
+      },
+      body(form) {
+        const now = state();
+        const methods = form.getAll("methods");
+        if (methods.length < 2) throw new Error("Choose at least two methods to search among.");
+        return {
+          model: now.model.id, dataset: now.dataset, methods, trials: whole(form, "trials"), samples: whole(form, "samples"),
+          confirm: whole(form, "confirm"), recipe: { steps: whole(form, "steps") },
+          constraints: { batch_independent: form.has("batch_independent") }, costs: form.has("latency") ? ["latency"] : [],
+        };
+      },
+    };
+  },
 };
 

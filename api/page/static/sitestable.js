@@ -3,19 +3,23 @@
 import { byId, h, settled, show, shown } from "./dom.js";
 
 const MARKS = { exact: "=", approx: "≈", refused: "×" };
+/** Columns before those of the methods. */
+const FIRST = 6;
 const SAID = { exact: "exact", approx: "approximate", refused: "refused" };
 
 export function sitesTable(open, choose) {
   const [table, filter, refusedOnly] = [byId("sites"), byId("filter"), byId("only-refused")];
   let rows = [];
+  let columns = [];
   let decisions = new Map();
 
   table.addEventListener("click", (event) => {
-    const row = event.target.closest("tbody tr");
+    const row = event.target.closest("[data-path]");
     if (!row) return;
     const { path } = row.dataset;
-    const cell = event.target.closest("td.m");
-    if (cell && cell.dataset.effect !== "refused" && cell.dataset.effect) choose(path, table.tHead.rows[0].cells[cell.cellIndex].dataset.method);
+    const cell = event.target.closest(".m");
+    const place = cell ? [...row.children].indexOf(cell) : -1;
+    if (cell?.matches(".exact, .approx")) choose(path, columns[place - FIRST]);
     else if (cell || event.target.closest("button")) open(path);
   });
   const refilter = () => {
@@ -34,48 +38,47 @@ export function sitesTable(open, choose) {
   refusedOnly.addEventListener("change", refilter);
 
   return {
+    /** Build the table; without cells the methods have no columns yet. */
     build(sites, methods, cells) {
-      const head = h("tr", {},
-        h("th", { scope: "col" }, "site"), h("th", { scope: "col" }, "gets"),
-        h("th", { scope: "col", class: "n" }, "channels"), h("th", { scope: "col", class: "n" }, "map"),
-        h("th", { scope: "col" }, "fed by"), h("th", { scope: "col" }, "then"),
-        ...methods.map((name) => h("th", { scope: "col", class: "m", "data-method": name }, h("span", {}, shown(name)))));
+      columns = cells.size ? methods : [];
+      widths(table, sites, columns.length);
+      const head = h("div", { role: "row" },
+        ...[["site"], ["gets"], ["channels", "n"], ["map", "n"], ["fed by"], ["then"]].map(([name, kind]) => h("div", { role: "columnheader", class: kind }, name)),
+        ...columns.map((name) => h("div", { role: "columnheader", class: "m" }, h("span", {}, shown(name)))));
       rows = sites.map((site) => {
-        const producer = producerOf(site);
-        const then = activationOf(site);
-        const row = h("tr", { "data-path": site.path },
-          h("th", { scope: "row" }, h("bdi", { class: "path" }, shown(site.path) || "(the model)")),
-          h("td", {}, h("button", { type: "button", class: "gets" }, "…")),
-          h("td", { class: "n" }, site.channels ?? "?"),
-          h("td", { class: "n" }, mapOf(site)),
-          h("td", {}, producer), h("td", {}, then),
-          ...methods.map((name) => {
-            const effect = effectOf(cells.get(site.path)?.get(name));
-            return h("td", { class: `m ${effect}`, "data-effect": effect, "aria-label": SAID[effect] ?? "not known yet" }, MARKS[effect] ?? "");
+        const [producer, then, found] = [producerOf(site), activationOf(site), cells.get(site.path)];
+        const button = h("button", { type: "button", class: "gets" }, "…");
+        const row = h("div", { role: "row", "data-path": site.path },
+          h("div", { role: "rowheader" }, h("bdi", { class: "path" }, shown(site.path) || "(the model)")),
+          h("div", { role: "cell" }, button),
+          h("div", { role: "cell", class: "n" }, site.channels ?? "?"),
+          h("div", { role: "cell", class: "n" }, mapOf(site)),
+          h("div", { role: "cell" }, producer), h("div", { role: "cell" }, then),
+          ...columns.map((name) => {
+            const effect = effectOf(found?.get(name));
+            return h("div", { role: "cell", class: `m ${effect}`, "aria-label": SAID[effect] }, MARKS[effect]);
           }));
-        return { row, path: site.path, text: `${site.path} ${producer} ${then}`.toLowerCase() };
+        return { row, button, taken: null, path: site.path, text: `${site.path} ${producer} ${then}`.toLowerCase() };
       });
-      const body = h("tbody", {}, ...rows.map((one) => one.row));
-      table.tHead.replaceChildren(head);
-      for (const old of [...table.tBodies]) old.remove();
-      table.append(body);
+      table.replaceChildren(
+        h("div", { role: "rowgroup", class: "head" }, head), h("div", { role: "rowgroup", class: "body" }, ...rows.map((one) => one.row)));
       refilter();
     },
     update(given) {
       decisions = given;
-      const heads = [...table.tHead.rows[0].cells].map((cell) => cell.dataset.method);
-      for (const { row, path } of rows) {
+      for (const one of rows) {
+        const { row, button, path } = one;
         const { method, effect, by } = decisions.get(path);
-        const button = row.cells[1].firstChild;
-        const key = `${method} ${effect} ${by}`;
-        if (button.dataset.key === key) continue;
-        button.dataset.key = key;
+        const now = `${method} ${effect} ${by}`;
+        if (one.now === now) continue;
+        one.now = now;
         button.textContent = shown(method);
         button.className = `gets ${effect}${by === "all" ? "" : " own"}`;
         button.setAttribute("aria-label", `${shown(path)}: ${shown(method)}, ${SAID[effect] ?? "stays"}. Choose another`);
-        row.querySelector(".taken")?.classList.remove("taken");
-        const place = heads.indexOf(method);
-        if (place >= 0) row.cells[place].classList.add("taken");
+        one.taken?.classList.remove("taken");
+        const place = columns.indexOf(method);
+        one.taken = place < 0 ? null : row.children[FIRST + place];
+        one.taken?.classList.add("taken");
       }
       if (refusedOnly.checked || filter.value) refilter();
     },
@@ -84,6 +87,17 @@ export function sitesTable(open, choose) {
       show(byId("matrix-key"));
     },
   };
+}
+
+/** Set the columns' widths: rows that are not looked at have none of their own. */
+function widths(table, sites, methods) {
+  const longest = (texts) => Math.max(0, ...texts.map((text) => text.length));
+  const set = (name, value, least, most) => table.style.setProperty(name, `${Math.round(Math.min(most, Math.max(least, value)))}px`);
+  table.style.setProperty("--methods", methods);
+  set("--path", 8 * longest(sites.map((site) => site.path)) + 24, 96, 270);
+  set("--map", 8 * longest(sites.map(mapOf)) + 22, 56, 110);
+  set("--by", 7.2 * longest(sites.map(producerOf)) + 22, 80, 170);
+  set("--then", 7.5 * longest(sites.map(activationOf)) + 22, 64, 110);
 }
 
 export function effectOf(cell) {
