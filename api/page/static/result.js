@@ -15,6 +15,15 @@ const RUNGS = { affine: "distilling into the new layers", all: "distilling into 
 export function resultPart() {
   const next = nextPart();
   let frame = null;
+  // As tall as what it shows, so that there is one thing to scroll; its links to its own parts need this origin.
+  const heights = new ResizeObserver(([entry]) => {
+    byId("report").style.height = `${Math.ceil(entry.target.scrollHeight) + 2}px`;
+  });
+  byId("report").addEventListener("load", () => {
+    heights.disconnect();
+    const shownReport = byId("report").contentDocument?.body;
+    if (frame && shownReport) heights.observe(shownReport);
+  });
   copying(byId("copy-code"), () => byId("load-code").textContent);
   byId("files").addEventListener("click", (event) => {
     const link = event.target.closest("a[data-fetch]");
@@ -29,6 +38,7 @@ export function resultPart() {
     for (const part of ["job-cards", "job-notes", "job-tables", "files"]) byId(part).replaceChildren();
     byId("download-status").textContent = "";
     byId("report").removeAttribute("src");
+    byId("report").style.removeProperty("height");
     if (frame) URL.revokeObjectURL(frame);
     frame = null;
   }
@@ -52,7 +62,7 @@ export function resultPart() {
       if (!report) return;
       const html = await text(`/v1/artifacts/${report.id}`);
       if (signal.aborted) return;
-      // A frame of its own origin, without scripts: what a report says is nobody's promise.
+      // What a report says is nobody's promise: nothing in the frame may run, be sent, or open a window.
       frame = URL.createObjectURL(new Blob([html], { type: "text/html; charset=utf-8" }));
       byId("report").src = frame;
       show(byId("report-part"));

@@ -15,7 +15,11 @@ export function siteDialog(onTake, onForget) {
     if (taken === "") onForget(path);
     else if (taken !== null) onTake(path, taken);
   });
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close("cancel"));
+  dialog.addEventListener("click", (event) => {
+    // The button that Enter presses is the first that submits: these do not.
+    const leaves = event.target === dialog || event.target.closest(".close, #site-cancel");
+    if (leaves) dialog.close("cancel");
+  });
 
   return (site, cells, methods, choice, known) => {
     path = site.path;

@@ -94,10 +94,10 @@ function widths(table, sites, methods) {
   const longest = (texts) => Math.max(0, ...texts.map((text) => text.length));
   const set = (name, value, least, most) => table.style.setProperty(name, `${Math.round(Math.min(most, Math.max(least, value)))}px`);
   table.style.setProperty("--methods", methods);
-  set("--path", 8 * longest(sites.map((site) => site.path)) + 24, 96, 270);
-  set("--map", 8 * longest(sites.map(mapOf)) + 22, 56, 110);
-  set("--by", 7.2 * longest(sites.map(producerOf)) + 22, 80, 170);
-  set("--then", 7.5 * longest(sites.map(activationOf)) + 22, 64, 110);
+  set("--path", 7.6 * longest(sites.map((site) => site.path)) + 18, 90, 270);
+  set("--map", 8 * longest(sites.map(mapOf)) + 16, 50, 110);
+  set("--by", 7 * longest(sites.map(producerOf)) + 18, 74, 170);
+  set("--then", 7.5 * longest(sites.map(activationOf)) + 18, 56, 110);
 }
 
 export function effectOf(cell) {
