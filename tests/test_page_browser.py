@@ -21,7 +21,7 @@ from serving import running
 from api import keys
 from api.database import Database, sqlite_url
 
-FACTORIES = {"deep": "factories_of_tests:deep", "spare": "factories_of_tests:small"}
+FACTORIES = {"deep": "benchmarks.page.deep:network", "spare": "factories_of_tests:small"}
 TESTS = Path(__file__).parent
 
 
