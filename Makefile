@@ -46,6 +46,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.search
+	$(BIN)/python -m benchmarks.page
 
 clean:
 	rm -rf .venv demo-output

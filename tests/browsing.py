@@ -60,8 +60,8 @@ class Tab:
         self.page.on("request", lambda request: self.asked.append(request.url))
 
     def _hear(self, message: Any) -> None:
-        # The browser's own lines: for an answer of 4xx and 5xx, or for none, of which is tested what the page makes;
-        # and for what drives the browser, when it looks into a frame in which nothing may run.
+        # The browser's own lines: for an answer of 4xx and 5xx, or for none, of which is tested what the page
+        # makes; and for what drives the browser, when it looks into a frame in which nothing may run.
         if not message.text.startswith(("Failed to load resource:", "Blocked script execution in 'blob:")):
             self.said.append(message.text)
 
@@ -82,7 +82,9 @@ class Tab:
         assert not self.said, self.said
         own = urlsplit(self.base).netloc
         strangers = [
-            url for url in self.asked if urlsplit(url).netloc != own and not url.startswith(("blob:", "data:"))
+            url
+            for url in self.asked
+            if urlsplit(url).netloc != own and not url.startswith(("blob:", "data:"))
         ]
         assert not strangers, strangers
 

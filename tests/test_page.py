@@ -73,7 +73,11 @@ def test_unchanged_pages_are_not_sent_again(client: TestClient) -> None:
 def test_files_are_kept_for_good_and_change_their_address(
     client: TestClient, elements: list[tuple[str, dict[str, str | None]]]
 ) -> None:
-    own = [attributes.get("src") or attributes.get("href") for tag, attributes in elements if tag in ("script", "link")]
+    own = [
+        attributes.get("src") or attributes.get("href")
+        for tag, attributes in elements
+        if tag in ("script", "link")
+    ]
     assert len(own) == len(SCRIPTS) + 2
     for address in own:
         answer = client.get(str(address))
@@ -112,7 +116,15 @@ def test_ids_that_scripts_use_are_there_once(elements: list[tuple[str, dict[str,
 
 def test_names_are_never_markup() -> None:
     for name, text in SCRIPTS.items():
-        for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "srcdoc"):
+        for sink in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "Function(",
+            "srcdoc",
+        ):
             assert sink not in text, f"{name} has {sink}"
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import normsearch
 from api.engine import data
+from api.engine.labels import scoring
 from api.engine.sources import Report, converted, following, inspected, loaded, original, said, wanted
 from api.tasks import (
     Calibrated,
@@ -120,6 +121,7 @@ def convert(asked: Converting, folder: Path, report: Report) -> Converted:
     model = normsearch.convert(before.model, plan, inputs=first, keep=asked.keep)
     written = Writing(folder, asked.stem)
     written.weights(model, before.architecture, plan, "converted")
+    scored = scoring(before.model, asked.data, folder)
     written.report(
         document(
             before.model,
@@ -127,7 +129,10 @@ def convert(asked: Converting, folder: Path, report: Report) -> Converted:
             plan,
             given,
             title=str(before.architecture),
-            notes=data.notes_on(asked.data, given),
+            notes=(*data.notes_on(asked.data, given), *scored.notes),
+            metric=scored.metric,
+            metric_name="accuracy",
+            logits=scored.metric is not None,
             on_progress=following(report),
         )
     )
@@ -161,6 +166,7 @@ def calibrate(asked: Calibrating, folder: Path, report: Report) -> Calibrated:
     assert record is not None
     written = Writing(folder, asked.stem)
     written.weights(calibrated, before.architecture, plan, "calibrated")
+    scored = scoring(before.model, asked.data, folder)
     written.report(
         document(
             before.model,
@@ -169,7 +175,10 @@ def calibrate(asked: Calibrating, folder: Path, report: Report) -> Calibrated:
             kept,
             calibrated=calibrated,
             title=str(before.architecture),
-            notes=given.notes,
+            notes=(*given.notes, *scored.notes),
+            metric=scored.metric,
+            metric_name="accuracy",
+            logits=scored.metric is not None,
             on_progress=follow,
         )
     )

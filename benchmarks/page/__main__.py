@@ -1,8 +1,8 @@
 """The service's page: how quick it is, and pictures of every state.
 
-    python -m benchmarks.page                 # measures
-    python -m benchmarks.page --pictures      # and takes the pictures of docs/page
-    python -m benchmarks.page --pictures out --all
+python -m benchmarks.page                 # measures
+python -m benchmarks.page --pictures      # and takes the pictures of docs/page
+python -m benchmarks.page --pictures out --all
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ def main() -> None:
     reader.add_argument("--pictures", nargs="?", const="docs/page", type=Path, help="folder of the pictures")
     reader.add_argument("--all", action="store_true", help="each size in light and in dark")
     asked = reader.parse_args()
-    with tempfile.TemporaryDirectory() as folder, service(Path(folder)) as (base, secret), chromium() as browser:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        service(Path(folder)) as (base, secret),
+        chromium() as browser,
+    ):
         if asked.pictures is not None:
             Tour(browser, base, secret, asked.pictures, asked.all).run()
         else:

@@ -30,7 +30,9 @@ def service(folder: Path) -> Iterator[tuple[str, str]]:
         "NORMSEARCH_REQUESTS_PER_MINUTE": "100000",
     }
     words = [sys.executable, "-m", "api"]
-    made = subprocess.run([*words, "keys", "create", "page"], env=given, check=True, stdout=subprocess.PIPE, text=True)
+    made = subprocess.run(
+        [*words, "keys", "create", "page"], env=given, check=True, stdout=subprocess.PIPE, text=True
+    )
     log = folder / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen([*words, "serve", "--port", "0"], env=given, stderr=stderr)

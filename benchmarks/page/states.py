@@ -58,7 +58,9 @@ class Tour:
         self._picture("model", model, chosen)
         self._picture("model-table", model, _then(chosen, _to(".toolbar")))
         self._picture("model-run", model, _then(chosen, _to("#h-plan")))
-        self._picture("model-search", model, _then(chosen, lambda page: page.click("#run-searches"), _to("#h-run")))
+        self._picture(
+            "model-search", model, _then(chosen, lambda page: page.click("#run-searches"), _to("#h-run"))
+        )
         self._picture("site", model, _then(chosen, lambda page: page.locator("button.gets").last.click()))
         self._picture("plan-refused", model, _then(chosen, _choose_refused))
         self._picture("model-500", large, chosen)
@@ -94,7 +96,9 @@ class Tour:
         page.keyboard.press("Enter")
         page.wait_for_selector("#view-start:not([hidden])")
 
-    def _picture(self, name: str, address: str, prepare: Callable[[Page], object], with_key: bool = True) -> None:
+    def _picture(
+        self, name: str, address: str, prepare: Callable[[Page], object], with_key: bool = True
+    ) -> None:
         for width, scheme in self._views:
             with self._tab(width, scheme, with_key) as page:
                 self._restore(page.context)
@@ -221,7 +225,9 @@ class Tour:
             self._picture("job-running", job, _settled("#job-eta:has-text('left')"))
             page.click("#cancel-job")
             self._ended(page, "cancelled")
-        self._picture("job-cancelled", job, _settled("#job-state.cancelled", "#job-log:has-text('Cancelled')"))
+        self._picture(
+            "job-cancelled", job, _settled("#job-state.cancelled", "#job-log:has-text('Cancelled')")
+        )
 
     def _offline(self, page: Page) -> None:
         page.wait_for_selector("#jobs-scroll:not([hidden])")
@@ -237,7 +243,8 @@ def _address(page: Page) -> str:
 def _settled(*selectors: str) -> Callable[[Page], object]:
     def wait(page: Page) -> None:
         for selector in selectors:
-            page.wait_for_selector(selector)
+            # On a phone some of it is not visible.
+            page.wait_for_selector(selector, state="attached")
         page.wait_for_timeout(1500)
 
     return wait

@@ -58,6 +58,12 @@ export function resultPart() {
       byId("files").replaceChildren(...artifacts.map(fileRow));
       loading(artifacts);
       next.draw(job, artifacts, signal);
+      const numbers = artifacts.find((one) => one.role === "report");
+      if (numbers) {
+        const measured = JSON.parse(await text(`/v1/artifacts/${numbers.id}`));
+        if (signal.aborted) return;
+        byId("job-cards").prepend(...measuredCards(measured.sections));
+      }
       const report = artifacts.find((one) => one.role === "page");
       if (!report) return;
       const html = await text(`/v1/artifacts/${report.id}`);
@@ -88,6 +94,23 @@ async function artifactsOf(ids, signal) {
 
 function card(label, value, detail) {
   return h("div", { class: "card" }, h("div", { class: "small" }, label), h("div", { class: "big" }, value), detail ? h("div", { class: "small" }, detail) : null);
+}
+
+/** What the report measured, before and after. */
+function measuredCards(sections) {
+  const part = (kind) => sections.find((one) => one.kind === kind);
+  const [metric, summary] = [part("metric"), part("summary")];
+  const made = [];
+  if (metric && metric.original !== null) {
+    const after = metric.calibrated ?? metric.converted;
+    const between = metric.calibrated === null ? "" : `, ${percent(metric.converted)} converted`;
+    made.push(card(shown(metric.name), percent(after), `${percent(metric.original)} before${between}`));
+  }
+  const moved = summary?.calibrated ?? summary?.converted;
+  if (moved && moved.relative_l2 !== null) {
+    made.push(card("Output drift", percent(moved.relative_l2), moved.top1_agreement === null ? "relative L2 distance" : `the same top class for ${percent(moved.top1_agreement)}`));
+  }
+  return made;
 }
 
 function cards({ kind, result }) {

@@ -25,13 +25,20 @@ export function startView() {
   };
 }
 
+const MOST_NAMES = 60;
+
+/** Return the names that hold a text: those that begin like it first, the shorter the better. */
 async function searched(text) {
-  const match = `*${text.toLowerCase().replace(/[[\]?*]/g, "?")}*`;
-  const found = await get(`/v1/architectures?${new URLSearchParams({ match: text ? match : "*", limit: 60 })}`);
-  tellArguments(found.arguments);
-  const place = (name) => name.slice(name.indexOf("/") + 1).indexOf(text.toLowerCase());
-  // What begins like the text comes first, the shorter the better.
-  return found.items.toSorted((a, b) => Number(place(a) !== 0) - Number(place(b) !== 0) || (text ? a.length - b.length : 0));
+  const part = text.toLowerCase().replace(/[[\]?*]/g, "?");
+  // The best-known library comes last in the list, which has an end.
+  const asked = part ? [`torchvision/*${part}*`, `*${part}*`] : ["factories/*", "torchvision/*"];
+  const pages = await Promise.all(asked.map((match) => get(`/v1/architectures?${new URLSearchParams({ match, limit: 200 })}`)));
+  tellArguments(pages[0].arguments);
+  const names = [...new Set(pages.flatMap((page) => page.items))];
+  if (!part) return names;
+  const rank = (name) => Number(!name.slice(name.indexOf("/") + 1).startsWith(text.toLowerCase()));
+  const bare = (name) => name.length - name.indexOf("/");
+  return names.sort((a, b) => rank(a) - rank(b) || bare(a) - bare(b) || b.localeCompare(a)).slice(0, MOST_NAMES);
 }
 
 function tellArguments(known) {
