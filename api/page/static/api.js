@@ -14,8 +14,8 @@ export class Problem extends Error {
 
 /** There was no answer. */
 export class Unreachable extends Error {
-  constructor() {
-    super("The service does not answer. It may be restarting: try again in a moment.");
+  constructor(what = "The service does not answer. It may be restarting: try again in a moment.") {
+    super(what);
   }
 }
 
@@ -100,6 +100,9 @@ export async function text(path) {
   return (await answered(path, { headers: headers() })).text();
 }
 
+const BROKEN = "The connection broke while the file was sent. The service may be restarting, or refuses a file of this size: "
+  + "try again, or delete what you no longer need.";
+
 /**
  * Send a file; `onProgress` gets the bytes that were sent. `cancel` ends it.
  * fetch cannot tell how far a body was sent, so this is the older interface.
@@ -115,7 +118,7 @@ export function upload(body, filename, onProgress) {
       if (request.status < 300) resolve(JSON.parse(request.responseText));
       else reject(refused(request.status, request.responseText));
     });
-    request.addEventListener("error", () => reject(new Unreachable()));
+    request.addEventListener("error", () => reject(new Unreachable(BROKEN)));
     request.addEventListener("abort", () => reject(new DOMException("cancelled", "AbortError")));
     request.send(body);
   });

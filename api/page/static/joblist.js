@@ -8,6 +8,8 @@ export const KINDS = {
   convert: "Conversion", conversion: "Conversion", calibration: "Calibration", sensitivity: "Sensitivity", search: "Search",
 };
 const PACE = 2500;
+/** So many lists of 50 are looked through for the jobs of one model. */
+const MOST_PAGES = 10;
 
 export function stateMark(state) {
   return h("span", { class: `state ${state}` }, state);
@@ -45,12 +47,14 @@ export function watchJobs(parts, wanted, signal) {
     try {
       let cursor = null;
       const found = [];
+      let pages = 0;
       do {
         const where = new URLSearchParams({ limit: 50, ...(cursor ? { cursor } : {}) });
         const page = await get(`/v1/jobs?${where}`, { signal });
         found.push(...page.items.filter(wanted));
         cursor = page.next;
-      } while (cursor && found.length <= most);
+        pages += 1;
+      } while (cursor && found.length <= most && pages < MOST_PAGES);
       draw(parts, found.slice(0, most));
       if (parts.more) show(parts.more, found.length > most || Boolean(cursor));
       if (found.some((job) => UNFINISHED.includes(job.state))) again();

@@ -84,7 +84,7 @@ export function sitesTable(open, choose) {
     },
     wait(is) {
       table.classList.toggle("waiting", is);
-      show(byId("matrix-key"));
+      show(byId("survey-state"), is);
     },
   };
 }
