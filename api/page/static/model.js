@@ -131,7 +131,7 @@ export function modelView() {
       for (const row of found.rows) for (const note of row.notes) said.set(note, [...(said.get(note) ?? []), row.site]);
       const lines = [...said].map(([note, paths]) => h("li", {}, placesOf(paths), ": ", shown(note)));
       notes.replaceChildren(...found.notes.map((note) => h("li", {}, shown(note))), ...lines);
-      tell(byId("choose-error"), null);
+      tell(byId("choose-error"), found.refused ? refusal(found) : null);
     } catch (error) {
       if (signal.aborted || now.choice !== choice) return;
       now.plan = null;
@@ -178,6 +178,12 @@ function inOrder(sites, order) {
   if (!order) return sites;
   const place = new Map(order.map((path, number) => [path, number]));
   return sites.toSorted((a, b) => (place.get(a.path) ?? sites.length) - (place.get(b.path) ?? sites.length));
+}
+
+/** Return what stands in the way of a plan, as a conversion would be refused. */
+function refusal({ refused, rows }) {
+  const refusals = rows.filter((row) => row.method === null).flatMap((row) => row.refusals.map((one) => ({ site: row.site, ...one })));
+  return { problem: { title: refused === 1 ? "One site refuses this" : `${refused} sites refuse this`, refusals } };
 }
 
 function ruleLine(parts, label, remove) {
