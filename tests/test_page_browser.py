@@ -7,7 +7,10 @@ import hashlib
 import json
 import random
 import re
+import shlex
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -362,7 +365,7 @@ def test_patterns_mean_what_they_mean_in_python(tab: Tab) -> None:
 
 
 @pytest.mark.slow
-def test_resnet18_from_file_to_search(tab: Tab, tmp_path: Path) -> None:
+def test_resnet18_from_file_to_search(tab: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torchvision = pytest.importorskip("torchvision")
     page = tab.page
     torch.manual_seed(0)
@@ -408,6 +411,24 @@ def test_resnet18_from_file_to_search(tab: Tab, tmp_path: Path) -> None:
     page.click("#add-rule")
     page.wait_for_selector("#summary:has-text('layer × 5')")
     accessible(tab)
+    # The plan as text does what it says.
+    page.click("#tab-python")
+    monkeypatch.chdir(tmp_path)
+    exec(page.inner_text("#plan-code"), {})
+    layers = {
+        str(method).partition("(")[0] for method in normsearch.load("converted.safetensors").plan.values()
+    }
+    assert layers == {"group", "layer"}
+    page.click("#tab-cli")
+    words = shlex.split(page.inner_text("#plan-code").replace("\\\n", " "))
+    assert words[:2] == ["normsearch", "convert"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--force", "--json"], check=True, capture_output=True
+    )
+    assert json.loads(done.stdout)
+    assert {
+        str(method).partition("(")[0] for method in normsearch.load("converted.safetensors").plan.values()
+    } == layers
     page.click("#convert-now")
     tab.shows("job")
     ended(tab, "succeeded")
@@ -456,7 +477,11 @@ def test_five_hundred_sites_stay_usable(tab: Tab, tmp_path: Path) -> None:
       await new Promise((done) => setTimeout(() => requestAnimationFrame(() => setTimeout(done)), 100));
       return performance.now() - start - 100;
     }"""
-    for selector, kind, value in (("#all", "change", "group"), ("#filter", "input", "99."), ("#filter", "input", "")):
+    for selector, kind, value in (
+        ("#all", "change", "group"),
+        ("#filter", "input", "99."),
+        ("#filter", "input", ""),
+    ):
         took = min(page.evaluate(shown, [selector, kind, value]) for _ in range(3))
         assert took < 500, (selector, value, took)
     page.fill("#filter", "99.")

@@ -16,7 +16,7 @@ from benchmarks.page import deep
 
 SIZES = {1280: 900, 390: 844}
 SCHEMES = ("light", "dark")
-_PATIENCE = 180_000
+_PATIENCE = 900_000
 _KEY = "normsearch.key"
 _RUNNING = 20_000
 

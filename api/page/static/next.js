@@ -30,7 +30,7 @@ function form(job, weights, data) {
     h("div", { class: "fields" }, field("Inputs", which), field("Samples", number("samples", 256, 1, 1_000_000)),
       field("Optimisation steps", number("budget", 200, 0, 20_000), "at most"), field("May change", what)),
     error, h("div", { class: "actions" }, button));
-  let once = onceKey();
+  let [once, sent] = ["", ""];
   made.addEventListener("submit", async (event) => {
     event.preventDefault();
     button.disabled = true;
@@ -41,10 +41,11 @@ function form(job, weights, data) {
         weights: weights.id, dataset: given.get("dataset"), parameters: given.get("parameters"),
         budget: whole(given, "budget"), samples: whole(given, "samples"),
       };
+      if (JSON.stringify(body) !== sent) [sent, once] = [JSON.stringify(body), onceKey()];
       const started = await post("/v1/calibrations", body, { once });
       location.hash = `#/jobs/${started.id}`;
     } catch (problem) {
-      if (problem.status) once = onceKey();
+      if (problem.status) sent = "";
       tell(error, problem);
     } finally {
       button.disabled = false;

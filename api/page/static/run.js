@@ -9,7 +9,7 @@ const KINDS = { conversions: "Convert", sensitivities: "Measure sensitivity", se
 export function runPart(state) {
   const [list, panel, bar] = [byId("run-tabs"), byId("run-panel"), byId("convert-now")];
   let kind = "conversions";
-  let once = onceKey();
+  let [once, sent] = ["", ""];
   const select = tabs(list, (selected) => {
     kind = selected;
     build();
@@ -31,12 +31,14 @@ export function runPart(state) {
       button.disabled = bar.disabled = true;
       tell(error, null);
       try {
-        const job = await post(`/v1/${kind}`, made.body(new FormData(form)), { once });
-        once = onceKey();
+        const body = made.body(new FormData(form));
+        // What was not answered may have been done: sent again with the same key, it is not done twice.
+        if (JSON.stringify(body) !== sent) [sent, once] = [JSON.stringify(body), onceKey()];
+        const job = await post(`/v1/${kind}`, body, { once });
+        sent = "";
         location.hash = `#/jobs/${job.id}`;
       } catch (problem) {
-        // What was not answered may have been done: sent again with the same key, it is not done twice.
-        if (problem.status) once = onceKey();
+        if (problem.status) sent = "";
         tell(error, problem);
         error.scrollIntoView({ block: "nearest" });
       } finally {
