@@ -20,7 +20,7 @@ _FLAGS = (
 #: axe-core, under the licence beside it.
 _AXE = (Path(__file__).parent / "axe" / "axe.min.js").read_text("utf-8")
 #: Milliseconds that anything may take on a busy machine.
-PATIENCE = 90_000
+PATIENCE = 300_000
 
 
 def playwright() -> Any:

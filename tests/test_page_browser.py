@@ -175,6 +175,7 @@ def test_example_from_look_to_download(tab: Tab) -> None:
     tab.shows("job")
     ended(tab, "succeeded")
     assert "11" in page.locator(".card", has_text="Layers replaced").inner_text()
+    page.locator(".card", has_text="Accuracy").wait_for()
     report = page.frame_locator("#report")
     report.locator("h2", has_text="Drift by depth").wait_for()
     # The report has its style sheet, and its links stay inside.
@@ -432,7 +433,7 @@ def test_resnet18_from_file_to_search(tab: Tab, tmp_path: Path, monkeypatch: pyt
     page.click("#convert-now")
     tab.shows("job")
     ended(tab, "succeeded")
-    assert "accuracy" in page.inner_text("#job-cards")
+    assert "Accuracy" in page.inner_text("#job-cards")
     page.locator("#h-job a").click()
     surveyed(tab)
 

@@ -104,7 +104,7 @@ function measuredCards(sections) {
   if (metric && metric.original !== null) {
     const after = metric.calibrated ?? metric.converted;
     const between = metric.calibrated === null ? "" : `, ${percent(metric.converted)} converted`;
-    made.push(card(shown(metric.name), percent(after), `${percent(metric.original)} before${between}`));
+    made.push(card(shown(metric.name.charAt(0).toUpperCase() + metric.name.slice(1)), percent(after), `${percent(metric.original)} before${between}`));
   }
   const moved = summary?.calibrated ?? summary?.converted;
   if (moved && moved.relative_l2 !== null) {
