@@ -33,6 +33,7 @@ class Source(Strict):
         arguments: of the architecture.
         entry: which entry of a training checkpoint.
         configured: whether the operator wrote the architecture.
+        known_as: what clients know the architecture by; None where the file says.
 
     """
 
@@ -41,6 +42,7 @@ class Source(Strict):
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     entry: str | None = None
     configured: bool = False
+    known_as: str | None = None
 
 
 class Preparation(Strict):

@@ -388,7 +388,7 @@ def test_resnet18_from_file_to_search(tab: Tab, tmp_path: Path, monkeypatch: pyt
     surveyed(tab)
     assert page.locator("#sites .body [role=row]").count() == 20
     # Random numbers of ImageNet's shape told the maps, and the picture is in the order of the data.
-    assert "112×112" in page.locator("#sites .body [role=row]").first.inner_text()
+    assert "112×112" in page.locator("#sites .body [role=row]").first.text_content()
     order = page.locator("#picture .site").evaluate_all("(all) => all.map((one) => one.dataset.path)")
     assert order.index("layer2.0.downsample.1") > order.index("layer2.0.bn1")
 

@@ -13,7 +13,7 @@ from torch import nn
 import normsearch
 from api.engine import data
 from api.engine.labels import scoring
-from api.engine.sources import Report, converted, following, inspected, loaded, original, said, wanted
+from api.engine.sources import Report, converted, following, inspected, loaded, original, said, title, wanted
 from api.tasks import (
     Calibrated,
     Calibrating,
@@ -128,7 +128,7 @@ def convert(asked: Converting, folder: Path, report: Report) -> Converted:
             model,
             plan,
             given,
-            title=str(before.architecture),
+            title=title(asked.source, before),
             notes=(*data.notes_on(asked.data, given), *scored.notes),
             metric=scored.metric,
             metric_name="accuracy",
@@ -174,7 +174,7 @@ def calibrate(asked: Calibrating, folder: Path, report: Report) -> Calibrated:
             plan,
             kept,
             calibrated=calibrated,
-            title=str(before.architecture),
+            title=title(asked.source, before),
             notes=(*given.notes, *scored.notes),
             metric=scored.metric,
             metric_name="accuracy",
@@ -211,7 +211,7 @@ def sensitivity(asked: Sensing, folder: Path, report: Report) -> Sensed:
     written.sensitivity(found)
     written.report(
         Document(
-            title=str(before.architecture),
+            title=title(asked.source, before),
             environment=Environment.here(before.model),
             normsearch=normsearch.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -19,7 +19,7 @@ from torch import nn
 from api.engine import data
 from api.engine.converting import Writing
 from api.engine.labels import check_labels
-from api.engine.sources import Report, following, original
+from api.engine.sources import Report, following, original, title
 from api.messages import Progressed
 from api.search_tasks import (
     Concluding,
@@ -117,7 +117,7 @@ def conclude(asked: Concluding, folder: Path, report: Report) -> Found:
     result = search.result(confirm=given.confirm, top=given.top, on_progress=following(report))
     written = Writing(folder, given.stem)
     written.weights(result.model, before.architecture, result.best, "searched")
-    written.report(result.report(score="accuracy", title=str(before.architecture)))
+    written.report(result.report(score="accuracy", title=title(given.source, before)))
     return Found(
         files=written.files,
         methods=dict(Counter(str(method) for method in result.best.values())),

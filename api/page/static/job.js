@@ -106,5 +106,5 @@ function drawProgress() {
   if (known) bar.value = step.done / step.total;
   else bar.removeAttribute("value");
   byId("job-count").textContent = known ? `${step.done} of ${step.total} (${percent(step.done / step.total).replace(/\.\d/, "")})${step.detail ? `: ${shown(step.detail)}` : ""}` : "";
-  byId("job-eta").textContent = known && job.seconds_left !== null && job.seconds_left !== undefined ? `${duration(job.seconds_left)} left of this stage` : "";
+  byId("job-eta").textContent = known && job.seconds_left !== null && job.seconds_left !== undefined ? `· ${duration(job.seconds_left)} left of this stage` : "";
 }
