@@ -140,6 +140,7 @@ def test_example_from_look_to_download(tab: Tab) -> None:
     page.click("#add-rule")
     assert page.inner_text("#summary") == "group × 8, batch_renorm × 3 · 8 approximate"
     assert '"blocks.2.*": "batch_renorm"' in page.inner_text("#plan-code")
+    assert "torch.randn(2, 1, 8, 8)" in page.inner_text("#plan-code")
 
     # One site, by keyboard: what is refused says why, and cannot be taken.
     page.locator("#sites button.gets").last.focus()

@@ -74,9 +74,20 @@ export function inputsPart(onChange) {
       if (isShape()) return { input_shape: SHAPE.test(shape.value) ? shape.value : undefined, dataset: undefined };
       return { input_shape: undefined, dataset: select.value === "none" ? undefined : select.value };
     },
+    /** Return the shape of one sample, as far as it is known: what tells the same elsewhere. */
+    shape() {
+      if (isShape()) return SHAPE.test(shape.value) ? shape.value : undefined;
+      return sampleShape(data.find((one) => one.id === select.value));
+    },
     data: () => data,
     fail: (problem) => tell(error, problem),
   };
+}
+
+function sampleShape(found) {
+  if (found?.kind === "images") return `${found.preparation.mean.length}x${found.preparation.size}x${found.preparation.size}`;
+  const [only, ...more] = (found?.arrays ?? []).filter((array) => array.name !== found.targets);
+  return only && !more.length && only.shape.length > 1 ? only.shape.slice(1).join("x") : undefined;
 }
 
 /** Read an upload as inputs; of two arrays the second holds labels if it can. */

@@ -50,7 +50,7 @@ export function modelView() {
     table.update(decisions);
     picture(now.ordered, decisions);
     summarize();
-    text.draw(now.model, to(now.choice), inputs.asked());
+    text.draw(now.model, to(now.choice), { ...inputs.asked(), shape: inputs.shape() });
     run.draw();
     dryRun();
   }

@@ -26,15 +26,18 @@ function argumentsOf(model) {
   return given.length ? `, {${given.map(([name, value]) => `${python(name)}: ${values(value)}`).join(", ")}}` : "";
 }
 
-export function asPython(model, to) {
+export function asPython(model, to, { shape }) {
   const name = registered(model) ? `${python(model.architecture)}${argumentsOf(model)}` : '"yourpackage.networks:Net"';
+  // Some methods are refused for what the shapes are.
+  const inputs = shape ? `, inputs=torch.randn(2, ${shape.split("x").join(", ")})` : "";
   return [
     "import normsearch",
+    ...(inputs ? ["import torch"] : []),
     "",
     ...(registered(model) ? [] : ["# whatever builds the network, as package.module:factory"]),
     `architecture = normsearch.Architecture(${name})`,
     `loaded = normsearch.load(${python(model.filename)}, architecture${registered(model) ? "" : ", allow_factories=True"})`,
-    `plan = normsearch.plan(loaded.model, ${pythonMapping(to)})`,
+    `plan = normsearch.plan(loaded.model, ${pythonMapping(to)}${inputs})`,
     "converted = normsearch.convert(loaded.model, plan)",
     'normsearch.save(converted, "converted.safetensors", architecture=architecture, plan=plan)',
   ].join("\n");
@@ -47,13 +50,14 @@ function words(to) {
   return Object.entries(to).map(([pattern, method]) => `${pattern}=${[method].flat().join(",")}`);
 }
 
-export function asCommand(model, to, { input_shape }) {
+export function asCommand(model, to, { shape }) {
   const parts = [`normsearch convert ${quoted(model.filename)}`];
   parts.push(`--architecture ${quoted(registered(model) ? model.architecture : "yourpackage.networks:Net")}`);
   for (const [name, value] of Object.entries(model.arguments)) parts.push(`--arguments ${quoted(`${name}=${value}`)}`);
   if (model.entry) parts.push(`--entry ${quoted(model.entry)}`);
   for (const word of words(to)) parts.push(`--to ${quoted(word)}`);
-  parts.push(`-o converted.safetensors${input_shape ? ` --report report.html --input-shape ${input_shape}` : ""}`);
+  if (shape) parts.push(`--input-shape ${shape} --report report.json`);
+  parts.push("-o converted.safetensors");
   return parts.join(" \\\n    ");
 }
 
