@@ -58,12 +58,8 @@ export function resultPart() {
       byId("files").replaceChildren(...artifacts.map(fileRow));
       loading(artifacts);
       next.draw(job, artifacts, signal);
-      const numbers = artifacts.find((one) => one.role === "report");
-      if (numbers) {
-        const measured = JSON.parse(await text(`/v1/artifacts/${numbers.id}`));
-        if (signal.aborted) return;
-        byId("job-cards").prepend(...measuredCards(measured.sections));
-      }
+      await measured(artifacts.find((one) => one.role === "report"), signal);
+      if (signal.aborted) return;
       const report = artifacts.find((one) => one.role === "page");
       if (!report) return;
       const html = await text(`/v1/artifacts/${report.id}`);
@@ -94,6 +90,18 @@ async function artifactsOf(ids, signal) {
 
 function card(label, value, detail) {
   return h("div", { class: "card" }, h("div", { class: "small" }, label), h("div", { class: "big" }, value), detail ? h("div", { class: "small" }, detail) : null);
+}
+
+/** Show what a report's numbers say, if they are what a report has: a child wrote them. */
+async function measured(report, signal) {
+  if (!report) return;
+  const said = await text(`/v1/artifacts/${report.id}`);
+  if (signal.aborted) return;
+  try {
+    byId("job-cards").prepend(...measuredCards(JSON.parse(said).sections));
+  } catch {
+    byId("job-notes").append(h("li", {}, "The report's numbers cannot be read."));
+  }
 }
 
 /** What the report measured, before and after. */
