@@ -68,7 +68,12 @@ async function ended(signal, result) {
 function line(name, data) {
   const texts = {
     queued: () => "Waits for a worker",
-    started: () => (data.attempt > 1 ? `Begun again, attempt ${data.attempt}: the worker before was lost` : "Begun"),
+    started: () => {
+      // A worker that ends in good order gives its jobs back, and no attempt is counted.
+      const again = [...byId("job-log").children].some((one) => one.textContent.startsWith("Begun"));
+      if (data.attempt > 1) return `Begun again, attempt ${data.attempt}: the worker before was lost`;
+      return again ? "Begun again: the worker before has ended" : "Begun";
+    },
     progress: () => (data.done >= data.total && data.total ? `${shown(data.stage)}: ${data.total} of ${data.total}${data.detail ? `, ${shown(data.detail)}` : ""}` : null),
     log: () => shown(data.text),
     succeeded: () => "Done",
