@@ -48,6 +48,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.search
 	$(BIN)/python -m benchmarks.service
 	$(BIN)/python -m benchmarks.service_storms
+	$(BIN)/python -m benchmarks.page
 
 clean:
 	rm -rf .venv demo-output

@@ -55,10 +55,11 @@ def source(
         ProblemError: 422; there is no such factory, or it is given arguments.
 
     """
+    known_as = architecture
     configured = architecture is not None and architecture.startswith(FACTORIES)
     if architecture is not None and configured:
         name = architecture.removeprefix(FACTORIES)
-        known = settings.factories
+        known = settings.networks
         if name not in known:
             there = ", ".join(f"{FACTORIES}{one}" for one in sorted(known)) or "none"
             raise ProblemError(
@@ -77,6 +78,7 @@ def source(
         arguments=arguments,
         entry=entry,
         configured=configured,
+        known_as=known_as,
     )
 
 

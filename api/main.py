@@ -17,6 +17,7 @@ from api.answering import COMMON
 from api.forking import EndingError
 from api.keys import Rate
 from api.observing import LOG, Metrics, Observing
+from api.page.router import page_router
 from api.parts import Parts, Streams
 from api.problems import ProblemError, answer, without_json
 from api.routes import (
@@ -96,6 +97,7 @@ def create_app(settings: Settings | None = None, *, warm: bool = False) -> FastA
         jobs,
     ):
         app.include_router(noun.router, responses=COMMON)
+    app.include_router(page_router(settings))
     _document(app)
     return app
 

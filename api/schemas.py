@@ -161,6 +161,25 @@ class PlanRequest(Request):
         return one_of_inputs(self)
 
 
+class ChoicesRequest(Request):
+    """Ask what each method would mean at each site."""
+
+    model: ModelId
+    methods: list[Annotated[str, Field(min_length=1, max_length=300)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=64,
+        description="by default every method",
+        examples=[["group", "layer(axes=channel)"]],
+    )
+    input_shape: Shape | None = None
+    dataset: DatasetId | None = Field(None, description="tells shapes, instead of input_shape")
+
+    @model_validator(mode="after")
+    def _inputs(self) -> Self:
+        return one_of_inputs(self)
+
+
 class PlanResponse(BaseModel):
     """What a plan would do at every site, refusals included."""
 

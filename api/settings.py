@@ -17,6 +17,8 @@ from api.database import sqlite_url
 _FACTORY_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _GIB = 2**30
+#: The network of the page's example, `factories/digits`.
+EXAMPLE = "api.engine.digits:network"
 Bytes = Annotated[ByteSize, Field(ge=0)]
 
 
@@ -125,6 +127,11 @@ class Settings(BaseSettings):
                     f"{name!r}: {factory!r} is not NAME (a-z, digits, . _ -) and package.module:factory"
                 )
         return value
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """The operator's factories, and the one of the example that the page offers."""
+        return {"digits": EXAMPLE, **self.factories}
 
     def as_json(self) -> str:
         """Return every setting, secrets included, as another process of the service reads it."""

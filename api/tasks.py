@@ -33,6 +33,7 @@ class Source(Strict):
         arguments: of the architecture.
         entry: which entry of a training checkpoint.
         configured: whether the operator wrote the architecture.
+        known_as: what clients know the architecture by; None where the file says.
 
     """
 
@@ -41,6 +42,7 @@ class Source(Strict):
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     entry: str | None = None
     configured: bool = False
+    known_as: str | None = None
 
 
 class Preparation(Strict):
@@ -86,6 +88,15 @@ class Explaining(Strict):
 
     source: Source
     to: To
+    input_shape: str | None = None
+    data: Data | None = None
+
+
+class Choosing(Strict):
+    """Ask what each method would mean at each site; by default every method."""
+
+    source: Source
+    methods: tuple[str, ...]
     input_shape: str | None = None
     data: Data | None = None
 
@@ -226,6 +237,29 @@ class Explained(Strict):
             # Of limited depth too, so that it can be answered with.
             _OBJECT.validate_json(value)
         return value
+
+
+class Meaning(Strict):
+    """What a method would mean at a site."""
+
+    method: Name | None = Field(description="with every option resolved; null where it is refused")
+    exact: bool | None = Field(description="whether the function is kept exactly in eval mode")
+    reason: Text | None = Field(description="why it is refused")
+    fix: Text | None
+    notes: tuple[Text, ...]
+
+
+class Choices(Strict):
+    """What each method would mean at each site."""
+
+    sites: Annotated[list[Site], Field(max_length=20_000)]
+    order: tuple[Name, ...] | None = Field(
+        description="sites in the order in which a forward pass reaches them; null without inputs"
+    )
+    methods: tuple[Name, ...]
+    choices: Annotated[list[tuple[Meaning, ...]], Field(max_length=20_000)] = Field(
+        description="for each site, in order, one for each method"
+    )
 
 
 class Made(Strict):

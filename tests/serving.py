@@ -44,13 +44,13 @@ def bearer(client: TestClient, name: str = "a", quota_bytes: int | None = None) 
 
 @contextmanager
 def running(
-    folder: Path, grace: float | None = None, tasks: str | None = None, **environment: str
+    folder: Path, grace: float | None = None, tasks: str | None = None, port: int = 0, **environment: str
 ) -> Iterator[int]:
     """The service as a process of its own, open on a free port, which is returned."""
     code = "import api.observing, api.receiving, api.server, api.__main__ as main\n"
     if grace is not None:
         code += f"api.receiving._GRACE = api.observing._BODY_SECONDS = api.server.HEAD = {grace}\n"
-    code += "main.app(['serve', '--port', '0'])"
+    code += f"main.app(['serve', '--port', '{port}'])"
     given = {
         **os.environ,
         "NORMSEARCH_DATA": str(folder / "data"),

@@ -15,12 +15,14 @@ from pydantic import BaseModel
 
 import normsearch
 from api.engine import converting, data, searching
+from api.engine.choices import choices
 from api.engine.sources import Report, inspected, loaded, said
 from api.messages import Failed, Refused
 from api.search_tasks import Concluding, Confirming, Listing, Searching, Trying
 from api.tasks import (
     Calibrating,
     Catalogue,
+    Choosing,
     Converting,
     Describing,
     Explaining,
@@ -100,6 +102,7 @@ def _inspect(source: Source, folder: Path, report: Report) -> Inspected:
 _TASKS: dict[str, tuple[Any, Callable[[Any, Path, Report], BaseModel]]] = {
     "inspect": (Source, _inspect),
     "explain": (Explaining, converting.explain),
+    "choices": (Choosing, choices),
     "convert": (Converting, converting.convert),
     "calibrate": (Calibrating, converting.calibrate),
     "sensitivity": (Sensing, converting.sensitivity),

@@ -12,7 +12,8 @@ from torch import nn
 
 import normsearch
 from api.engine import data
-from api.engine.sources import Report, converted, following, inspected, loaded, original, said, wanted
+from api.engine.labels import scoring
+from api.engine.sources import Report, converted, following, inspected, loaded, original, said, title, wanted
 from api.tasks import (
     Calibrated,
     Calibrating,
@@ -120,14 +121,18 @@ def convert(asked: Converting, folder: Path, report: Report) -> Converted:
     model = normsearch.convert(before.model, plan, inputs=first, keep=asked.keep)
     written = Writing(folder, asked.stem)
     written.weights(model, before.architecture, plan, "converted")
+    scored = scoring(before.model, asked.data, folder)
     written.report(
         document(
             before.model,
             model,
             plan,
             given,
-            title=str(before.architecture),
-            notes=data.notes_on(asked.data, given),
+            title=title(asked.source, before),
+            notes=(*data.notes_on(asked.data, given), *scored.notes),
+            metric=scored.metric,
+            metric_name="accuracy",
+            logits=scored.metric is not None,
             on_progress=following(report),
         )
     )
@@ -161,6 +166,7 @@ def calibrate(asked: Calibrating, folder: Path, report: Report) -> Calibrated:
     assert record is not None
     written = Writing(folder, asked.stem)
     written.weights(calibrated, before.architecture, plan, "calibrated")
+    scored = scoring(before.model, asked.data, folder)
     written.report(
         document(
             before.model,
@@ -168,8 +174,11 @@ def calibrate(asked: Calibrating, folder: Path, report: Report) -> Calibrated:
             plan,
             kept,
             calibrated=calibrated,
-            title=str(before.architecture),
-            notes=given.notes,
+            title=title(asked.source, before),
+            notes=(*given.notes, *scored.notes),
+            metric=scored.metric,
+            metric_name="accuracy",
+            logits=scored.metric is not None,
             on_progress=follow,
         )
     )
@@ -202,7 +211,7 @@ def sensitivity(asked: Sensing, folder: Path, report: Report) -> Sensed:
     written.sensitivity(found)
     written.report(
         Document(
-            title=str(before.architecture),
+            title=title(asked.source, before),
             environment=Environment.here(before.model),
             normsearch=normsearch.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

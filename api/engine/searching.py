@@ -18,7 +18,8 @@ from torch import nn
 
 from api.engine import data
 from api.engine.converting import Writing
-from api.engine.sources import Report, following, original
+from api.engine.labels import check_labels
+from api.engine.sources import Report, following, original, title
 from api.messages import Progressed
 from api.search_tasks import (
     Concluding,
@@ -39,7 +40,6 @@ from api.search_tasks import (
 )
 from normsearch.checkpoints import Checkpoint
 from normsearch.errors import CheckpointError, SearchError
-from normsearch.forward import call, evaluating
 from normsearch.inputs import spread
 from normsearch.searching import (
     BatchIndependent,
@@ -117,7 +117,7 @@ def conclude(asked: Concluding, folder: Path, report: Report) -> Found:
     result = search.result(confirm=given.confirm, top=given.top, on_progress=following(report))
     written = Writing(folder, given.stem)
     written.weights(result.model, before.architecture, result.best, "searched")
-    written.report(result.report(score="accuracy", title=str(before.architecture)))
+    written.report(result.report(score="accuracy", title=title(given.source, before)))
     return Found(
         files=written.files,
         methods=dict(Counter(str(method) for method in result.best.values())),
@@ -183,7 +183,7 @@ def _task(model: nn.Module, asked: Searching, folder: Path) -> Task:
             f"the dataset has {len(rows)} samples, of which {len(train)} train: less than a batch of {size}; "
             "give more samples, or a smaller batch_size"
         )
-    _check_labels(model, found, rows, size)
+    check_labels(model, found, rows, size)
     recipe = asked.recipe.model_dump(exclude={"batch_size"})
     return Task(
         train=_loader(found, train, size),
@@ -212,30 +212,6 @@ def _loader(found: data.Samples, rows: torch.Tensor, size: int) -> Any:
         collate_fn=batch,
         generator=torch.Generator(),
     )
-
-
-def _check_labels(model: nn.Module, found: data.Samples, rows: torch.Tensor, size: int) -> None:
-    """Raise unless every label is one of the network's outputs.
-
-    Raises:
-        CheckpointError: it is not, or the outputs are no classes.
-
-    """
-    targets = found.targets(rows)
-    with evaluating(model), torch.no_grad():
-        output = call(model, found.inputs(rows[:size]))
-    if not isinstance(output, torch.Tensor) or output.dim() < 2:
-        raise CheckpointError("a search needs a network whose output is one tensor (N, classes, …)")
-    least, most = int(targets.min()), int(targets.max())
-    if least < 0 or most >= output.shape[1]:
-        raise CheckpointError(
-            f"labels go from {least} to {most}, and the network tells {output.shape[1]} classes apart; "
-            "number them from 0"
-        )
-    if targets.dim() != output.dim() - 1:
-        raise CheckpointError(
-            f"labels of shape {tuple(targets.shape[1:])} each do not fit outputs of {tuple(output.shape[2:])}"
-        )
 
 
 def _storage(study: StudyOf) -> InMemoryStorage:

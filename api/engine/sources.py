@@ -96,6 +96,11 @@ def converted(file: str, before: Checkpoint, source: Source, folder: Path) -> tu
     return found.model, found.plan
 
 
+def title(source: Source, found: Checkpoint) -> str:
+    """Return what a report is about, in the client's words: factories are known by the operator's names."""
+    return str(found.architecture) if source.known_as is None or not source.configured else source.known_as
+
+
 def inspected(found: Checkpoint, source: Source, folder: Path) -> Inspected:
     """Return what is known of a checkpoint."""
     head = (folder / source.file).open("rb").read(64)

@@ -36,7 +36,7 @@ async def listed(
     """Return the names of three libraries' registries and of what the operator configured."""
     known = await catalogue(service)
     names = sorted(
-        [f"{FACTORIES}{name}" for name in service.settings.factories]
+        [f"{FACTORIES}{name}" for name in service.settings.networks]
         + [f"{library}/{name}" for library, found in known.architectures.items() for name in found]
     )
     found = [name for name in names if fnmatchcase(name, match)]
