@@ -34,8 +34,8 @@ from normsearch.operators import (
 Model = nn.Module | ExportedProgram
 
 _KEY = "normsearch.opening"
-#: Layers of this package's own in a converted program: written as batch norm here and there, but no sites.
-_OWN = ("normsearch.methods.", "normsearch.reparametrization.")
+#: Layers that are no sites, though decompositions write them as batch norm: this package's and instance norm.
+_NO_SITES = ("normsearch.methods.", "normsearch.reparametrization.", "torch.nn.modules.instancenorm.")
 _STATE = ("weight", "bias", "running_mean", "running_var")
 _COUNTS = {torch.ops.aten.add_.Tensor, torch.ops.aten.add.Tensor}
 _LAYERS: dict[int, type[_BatchNorm]] = {
@@ -213,7 +213,7 @@ class _Opener:
     # Which node is which layer.
 
     def _recognise(self, node: fx.Node) -> None:
-        if calling_class(node).startswith(_OWN):
+        if calling_class(node).startswith(_NO_SITES):
             return
         if node.target in BATCH_NORMS:
             reason = None if self._is_weight(node.args[0]) else self._batch_norm(node)
@@ -329,8 +329,10 @@ class _Opener:
 
     def _is_weight(self, source: Any) -> bool:
         """Whether a value is a parameter, seen through one-argument operators: weight standardization."""
-        while isinstance(source, fx.Node) and source.op == "call_function" and source.args:
-            source = source.args[0]
+        while (
+            isinstance(source, fx.Node) and source.op == "call_function" and len(source.all_input_nodes) == 1
+        ):
+            (source,) = source.all_input_nodes
         return self._is_state(source)
 
     def _owner(self, sources: Mapping[str, Any]) -> str | None:

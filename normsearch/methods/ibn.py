@@ -93,7 +93,7 @@ class _Halves(ClosedRule):
         self.inverse = (torch.cat([variance[:, :half], of_batch], 1) + layer.eps).rsqrt()
         self.scale = layer.scaled(self.inverse)
         self.off = mean[:, half:] - centre[half:].to(mean.dtype)
-        shift = nn.functional.pad(self.off * self.scale[:, half:], (half, 0))
+        shift = torch.cat([torch.zeros_like(mean[:, :half]), self.off * self.scale[:, half:]], 1)
         return self.scale, layer.shifted(shift), statistics
 
     def gradient(
