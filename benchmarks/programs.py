@@ -172,9 +172,10 @@ from torch.utils._pytree import tree_leaves
 torch.set_num_threads(1)
 for line in sys.stdin:
     work = json.loads(line)
-    program = torch.export.load(work["program"]).module()
     results = []
     for given in work["inputs"]:
+        # Each from the numbers in the file: a forward pass in train mode moves running statistics.
+        program = torch.export.load(work["program"]).module()
         torch.manual_seed(1)
         try:
             with torch.no_grad():
@@ -230,11 +231,15 @@ def measured(
     inputs = drawn(name, 3)
     choice = _choice(spelling, program)
     # The same methods at the same sites. Where a model and its program differ in what they refuse (a program
-    # shows that a convolution is a plain one, and may leave the batch size open), BatchNorm is frozen.
+    # shows that a convolution is a plain one, and may leave the batch size open) or in the activation that a
+    # method replaces (a model that cannot be traced does not show it), BatchNorm is frozen.
     wanted = normsearch.explain(model, choice, inputs=inputs)
-    offered = {row.site.path: row.method for row in normsearch.explain(program, choice).rows}
     plan = {row.site.path: row.method or METHODS["batch"]() for row in wanted.rows}
-    differing = [path for path in plan if offered.get(path) != plan[path]]
+    of_model, of_program = (
+        {row.site.path: (row.method, row.method is not None and row.method.absorbs(row.site)) for row in rows}
+        for rows in (wanted.rows, normsearch.explain(program, choice).rows)
+    )
+    differing = [path for path in plan if of_program.get(path) != of_model[path]]
     plan |= {path: normsearch.parse_method("frozen") for path in differing}
     to: dict[str, list[str | normsearch.Method]] = {
         glob.escape(path): [method, "batch"] for path, method in plan.items()
@@ -257,7 +262,8 @@ def measured(
         torch.manual_seed(1)
         try:
             with torch.no_grad():
-                expected.append([y for y in tree_leaves(eager(x)) if isinstance(y, Tensor)])
+                output = copy.deepcopy(eager)(x)
+            expected.append([y for y in tree_leaves(output) if isinstance(y, Tensor)])
         except Exception:
             # In train mode BatchNorm refuses a single value per channel.
             expected.append(None)

@@ -401,7 +401,10 @@ def test_methods_and_architectures(client: TestClient) -> None:
     assert following["items"] == [RESNET]
     assert following["next"] is None
     assert "num_classes" in page["arguments"]["timm"]
-    assert client.get("/v1/architectures?match=factories/*").json()["items"] == ["factories/small"]
+    assert client.get("/v1/architectures?match=factories/*").json()["items"] == [
+        "factories/digits",
+        "factories/small",
+    ]
 
 
 def test_quota_counts_what_is_made(tmp_path: Path, checkpoint: bytes) -> None:

@@ -311,7 +311,7 @@ def test_job_is_followed_over_a_reload_and_cancelled_in_another_tab(
     page.reload()
     tab.shows("job")
     page.wait_for_selector("#job-count:has-text(' of ')")
-    assert "Begun" in page.inner_text("#job-log")
+    page.wait_for_selector("#job-log:has-text('Begun')")
 
     other = Tab(page.context, tab.base)
     other.open()
