@@ -113,16 +113,10 @@ class _Chunks(ClosedRule):
         spreads = torch.stack([of_variance for _, of_variance, _ in chunks])
         self.inverse = (spreads + layer.eps).rsqrt()
         self.scale = layer.scaled(self.inverse)
-        if self.closed:
-            scale, centre = (
-                part.unsqueeze(1).expand(-1, sizes[0], -1).reshape(mean.shape)
-                for part in (self.scale, centres)
-            )
-        else:
-            scale, centre = (
-                torch.cat([row.expand(size, -1) for row, size in zip(part, sizes, strict=True)])
-                for part in (self.scale, centres)
-            )
+        scale, centre = (
+            torch.cat([row.expand(size, -1) for row, size in zip(part, sizes, strict=True)])
+            for part in (self.scale, centres)
+        )
         self.off = mean - centre
         return scale, layer.shifted(self.off * scale), chunks
 
