@@ -48,6 +48,29 @@ def test_a_journal_is_read_again(tmp_path: Path) -> None:
     assert [trial.state for trial in again.trials] == [TrialState.COMPLETE] * 5
 
 
+def test_a_plan_waits_for_the_disk_as_often_as_a_single_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waits(sites: int) -> int:
+        study = optuna.create_study(storage=open_storage(tmp_path / str(sites)))
+        synced: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", synced.append)
+            trial = study.ask()
+            for site in range(sites):
+                trial.suggest_categorical(f"bn{site}", ["group", "layer"])
+            # What is written is there for other processes, and before the result.
+            (seen,) = optuna.load_study(study_name=None, storage=open_storage(tmp_path / str(sites))).trials
+            assert seen.params == trial.params
+            assert len(seen.params) == sites
+            before = len(synced)
+            study.tell(trial, 1.0)
+        assert len(synced) > before
+        return len(synced)
+
+    assert waits(20) == waits(1)
+
+
 def test_a_line_that_a_killed_process_left_unfinished_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "j"
     study = study_with_trials(path, 2)
