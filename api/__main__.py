@@ -16,6 +16,7 @@ from api import keys
 from api.confinement import forget_environment, hide
 from api.database import Database
 from api.main import create_app
+from api.migrating import open_database
 from api.observing import log_as_json
 from api.server import run
 from api.settings import Settings
@@ -118,7 +119,7 @@ def _settings() -> Settings:
 def _database() -> Database:
     settings = _settings()
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return Database(settings.url())
+    return open_database(settings.url())
 
 
 def _await_database(settings: Settings) -> None:

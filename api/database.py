@@ -1,4 +1,4 @@
-"""The database: its tables, how it is opened, and how its schema is brought up to date."""
+"""The database: its tables, and how transactions are done in it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 
 METADATA = sa.MetaData(
     naming_convention={
@@ -24,8 +22,6 @@ METADATA = sa.MetaData(
 )
 #: Seconds for which a writer waits for another before it gives up (SQLite).
 _PATIENCE = 30
-#: Any number, the same for every process: who holds this lock migrates (PostgreSQL).
-_MIGRATION_LOCK = 0x6E6F726D
 
 KEYS = sa.Table(
     "api_keys",
@@ -159,7 +155,7 @@ def new_id(prefix: str) -> str:
 
 
 class Database:
-    """A database, opened and up to date.
+    """A database, opened; ``open_database`` sees to it that its tables are there.
 
     Args:
         url: an SQLAlchemy URL; SQLite and PostgreSQL are supported.
@@ -179,13 +175,6 @@ class Database:
         if self._is_sqlite:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
-        with self.write() as connection:
-            if not self._is_sqlite:
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            config = Config()
-            config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:

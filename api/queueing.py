@@ -1,52 +1,57 @@
 """The durable queue: which jobs wait for a worker, and who runs which. It is DBOS, in the service's database.
 
-Only what is public of DBOS is used here, but for the names of its table of workflows and three of its
-columns; ``leasing.py`` uses one private function. The version is pinned, and a test guards both.
+Workers run DBOS. Whoever only puts jobs in and takes them out again writes DBOS's rows by itself, within the
+transaction that makes what they are about, and need not load it: a server would hold it in memory for three
+statements. The version is pinned, and a test compares the rows with those that DBOS's own client writes.
 """
 
 from __future__ import annotations
 
 import json
-import logging
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from dbos import DBOS, DBOSClient, EnqueueOptions, Serializer, error
+
+from api.database import now_ms
 
 #: Queued jobs outlive releases of the service: the version that DBOS computes by itself would strand them.
 APPLICATION, VERSION, SCHEMA = "normsearch", "1", "dbos"
 #: Jobs, and the parts of searches that any worker may take, apart from jobs: whoever waits for them holds a
 #: place of a job.
 JOB_QUEUE, PART_QUEUE = "jobs", "parts"
+#: How rows say in which form their values are.
+SERIALIZATION = "normsearch_json"
+#: The last of the migrations by which DBOS makes its tables.
+TABLES = 125
 #: A workflow that somebody runs.
 PENDING = "PENDING"
-_ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
-
-_EXPECTED = (
-    error.DBOSWorkflowCancelledError,
-    error.DBOSAwaitedWorkflowCancelledError,
-    error.DBOSWorkflowConflictIDError,
+_WAITING, _CANCELLED = "ENQUEUED", "CANCELLED"
+_DONE = ("SUCCESS", "ERROR")
+_ENDED = (*_DONE, _CANCELLED, "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+_COLUMNS = (
+    "workflow_uuid",
+    "status",
+    "name",
+    "queue_name",
+    "application_name",
+    "application_version",
+    "serialization",
+    "recovery_attempts",
+    "priority",
+    "is_debounced",
+    "attributes",
+    "creator_xid",
+    "owner_xid",
+    "executor_id",
+    "deduplication_id",
+    "started_at_epoch_ms",
+    "updated_at",
+    "completed_at",
 )
-
-
-class JsonSerializer(Serializer):
-    """What DBOS keeps is JSON: its default is pickle, which runs what is in the database."""
-
-    def serialize(self, data: Any) -> str:
-        """Return a value as text."""
-        if isinstance(data, BaseException):
-            data = f"{type(data).__name__}: {data}"[:2000]
-        return json.dumps(data)
-
-    def deserialize(self, serialized_data: str) -> Any:
-        """Return the value of a text."""
-        return json.loads(serialized_data)
-
-    def name(self) -> str:
-        """Return what rows say of their form."""
-        return "normsearch_json"
+_TYPES = {"attributes": sa.JSON()}
 
 
 @dataclass(frozen=True)
@@ -67,40 +72,53 @@ class Queue:
     """The queue, as those see it who put jobs in and take them out again.
 
     Args:
-        url: of the database, which must be migrated already (``migrate``).
+        url: of the database.
 
     """
 
     def __init__(self, url: str) -> None:
         schema = None if url.startswith("sqlite") else SCHEMA
-        columns: list[Any] = [sa.column(name) for name in ("workflow_uuid", "status", "executor_id")]
-        self._workflows = sa.table("workflow_status", *columns, schema=schema)
-        self._client = DBOSClient(
-            system_database_url=url,
-            dbos_system_schema=SCHEMA,
-            serializer=JsonSerializer(),
-            application_name=APPLICATION,
-            lazy=True,
-            retry_connection_errors=False,
-        )
+
+        def table(name: str, *columns: str) -> sa.TableClause:
+            return sa.table(name, *(sa.column(one, _TYPES.get(one)) for one in columns), schema=schema)
+
+        self._workflows = table("workflow_status", *_COLUMNS)
+        self._inputs = table("workflow_input", "workflow_uuid", "inputs")
+        self._others = [table(name, "workflow_uuid") for name in ("workflow_output", "operation_outputs")]
+        self._migrations = table("dbos_migrations", "version")
 
     def put(self, connection: sa.Connection, workflow: str, queue: str, *arguments: str) -> None:
-        """Let a workflow wait for a worker, within the transaction that makes what it is about."""
-        options: EnqueueOptions = {
-            "workflow_name": queue,
+        """Let a workflow wait for a worker."""
+        values = {
+            "workflow_uuid": workflow,
+            "status": _WAITING,
+            "name": queue,
             "queue_name": queue,
-            "workflow_id": workflow,
-            "app_version": VERSION,
+            "application_name": APPLICATION,
+            "application_version": VERSION,
+            "serialization": SERIALIZATION,
+            "recovery_attempts": 0,
+            "priority": 0,
+            "is_debounced": False,
+            "attributes": None,
+            "creator_xid": str(uuid.uuid4()),
         }
-        self._client.enqueue_in_transaction(connection, options, *arguments)
+        connection.execute(sa.insert(self._workflows).values(values))
+        inputs = json.dumps({"args": arguments, "kwargs": {}})
+        connection.execute(sa.insert(self._inputs).values(workflow_uuid=workflow, inputs=inputs))
 
-    def cancel(self, workflows: Sequence[str]) -> None:
+    def cancel(self, connection: sa.Connection, workflows: Sequence[str]) -> None:
         """Have workflows neither started nor gone on with."""
-        self._client.cancel_workflows(list(workflows))
+        found, now = self._workflows.c, now_ms()
+        ended = {"status": _CANCELLED, "updated_at": now, "completed_at": now}
+        free = dict.fromkeys(("owner_xid", "queue_name", "deduplication_id", "started_at_epoch_ms"))
+        going = (found.workflow_uuid.in_(workflows), found.status.not_in(_DONE))
+        connection.execute(sa.update(self._workflows).where(*going).values(ended | free))
 
-    def forget(self, workflows: Sequence[str]) -> None:
+    def forget(self, connection: sa.Connection, workflows: Sequence[str]) -> None:
         """Remove what is known of workflows."""
-        self._client.delete_workflows(list(workflows))
+        for table in (self._inputs, *self._others, self._workflows):
+            connection.execute(sa.delete(table).where(table.c.workflow_uuid.in_(workflows)))
 
     def is_held(self, claim: Claim) -> sa.ColumnElement[bool]:
         """Return the condition under which a claim holds; whatever is published is published under it."""
@@ -139,28 +157,9 @@ class Queue:
             .where(found.status == PENDING, found.executor_id.is_not(None))
         )
 
-    def close(self) -> None:
-        """Close every connection."""
-        self._client.destroy()
-
-
-def migrate(url: str) -> None:
-    """Make the queue's tables, or bring them up to date."""
-    quiet()
-    DBOS.migrate(url, schema=SCHEMA)
-
-
-def quiet() -> None:
-    """Let DBOS's warnings go where the service's own records go, and leave out the rest."""
-    logger = logging.getLogger("dbos")
-    logger.handlers.clear()
-    logger.propagate = True
-    logger.setLevel(logging.WARNING)
-    if _is_news not in logger.filters:
-        logger.addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Leave out that a job which was cancelled, or is another worker's by now, was not recorded as done."""
-    cause = record.exc_info[1] if record.exc_info else None
-    return not isinstance(cause, _EXPECTED) and "no longer owned" not in record.getMessage()
+    def has_tables(self, connection: sa.Connection) -> bool:
+        """Tell whether the queue's tables are there and up to date."""
+        if not sa.inspect(connection).has_table(self._migrations.name, schema=self._migrations.schema):
+            return False
+        version = connection.scalar(sa.select(self._migrations.c.version))
+        return version is not None and version >= TABLES

@@ -75,9 +75,8 @@ class Cleaner:
             for table in (EVENTS, PARTS):
                 connection.execute(sa.delete(table).where(table.c.job.in_(found)))
             connection.execute(sa.delete(JOBS).where(JOBS.c.id.in_(found)))
-        gone = [one for job in found for one in workflows_of(job, self._tools.settings)]
-        if gone:
-            self._tools.queue.forget(gone)
+            gone = [one for job in found for one in workflows_of(job, self._tools.settings)]
+            self._tools.queue.forget(connection, gone)
 
     def _artifacts(self, before: int) -> None:
         with self._tools.database.write() as connection:

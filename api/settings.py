@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import fsspec
+import sqlalchemy as sa
 from pydantic import ByteSize, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -101,6 +102,17 @@ class Settings(BaseSettings):
     keep_uploads_days: float = Field(
         30, gt=0, description="how long uploads, models and datasets are kept that nothing was made from"
     )
+
+    @field_validator("database_url")
+    @classmethod
+    def _database(cls, value: SecretStr | None) -> SecretStr | None:
+        try:
+            driver = None if value is None else sa.make_url(value.get_secret_value()).drivername
+        except (sa.exc.ArgumentError, ValueError):
+            driver = ""
+        if driver not in (None, "sqlite", "postgresql", "postgresql+psycopg"):
+            raise ValueError("write postgresql://USER:PASSWORD@HOST/NAME, or sqlite:///PATH")
+        return value
 
     @field_validator("files")
     @classmethod

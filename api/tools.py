@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from api.database import Database
+from api.migrating import MigrationError, open_database, reason
 from api.observing import LOG, Metrics
-from api.queueing import Queue, migrate
+from api.queueing import Queue
 from api.remote import open_store
 from api.sandbox import Sandbox
 from api.settings import Settings
@@ -46,15 +47,19 @@ def await_database(settings: Settings, seconds: float) -> str | None:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            Database(settings.url()).close()
+            open_database(settings.url()).close()
             return None
         except sa.exc.SQLAlchemyError as error:
-            shown = sa.make_url(settings.url()).render_as_string(hide_password=True).partition("?")[0]
-            cause = str(getattr(error, "orig", error)).strip().splitlines()
             if not isinstance(error, sa.exc.OperationalError) or time.monotonic() > deadline:
-                return f"the database {shown} does not answer: {cause[0] if cause else type(error).__name__}"
-        LOG.warning("the database does not answer yet", extra={"fields": {"database": shown}})
+                return f"the database {_shown(settings)} does not answer: {reason(error)}"
+        except MigrationError as error:
+            return f"the database {_shown(settings)} cannot be brought up to date: {error}"
+        LOG.warning("the database does not answer yet", extra={"fields": {"database": _shown(settings)}})
         time.sleep(1)
+
+
+def _shown(settings: Settings) -> str:
+    return sa.make_url(settings.url()).render_as_string(hide_password=True).partition("?")[0]
 
 
 @contextmanager
@@ -69,8 +74,7 @@ def opened(settings: Settings, metrics: Metrics, child_seconds: float) -> Iterat
     """
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     url = settings.url()
-    database = Database(url)
-    migrate(url)
+    database = open_database(url)
     queue = Queue(url)
     store = open_store(settings, database)
     sandbox = Sandbox(settings.model_copy(update={"child_seconds": child_seconds}), metrics)
@@ -78,5 +82,4 @@ def opened(settings: Settings, metrics: Metrics, child_seconds: float) -> Iterat
         yield Tools(settings, database, queue, store, sandbox, metrics)
     finally:
         sandbox.close()
-        queue.close()
         database.close()

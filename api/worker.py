@@ -26,6 +26,7 @@ from api.runs import GivenUpError, Run
 from api.sandbox import CancelledError
 from api.settings import Settings
 from api.tools import Tools, opened
+from api.workflows import JsonSerializer, quiet
 
 #: Attempts at a job that each ended the process, or the child, that made it.
 ATTEMPTS = 3
@@ -67,11 +68,11 @@ class Worker:
             "dbos_system_schema": queueing.SCHEMA,
             "application_version": queueing.VERSION,
             "executor_id": self._lease.executor,
-            "serializer": queueing.JsonSerializer(),
+            "serializer": JsonSerializer(),
             "log_level": "WARNING",
         }
         self._dbos = DBOS(config=config)
-        queueing.quiet()
+        quiet()
         self._lease.begin()
         DBOS.listen_queues([JOB_QUEUE, PART_QUEUE])
         DBOS.launch()

@@ -5,6 +5,7 @@
 Four measurements of servers on loopback, with the defaults of `make serve` but for the rate limit:
 
 - the peak resident memory (VmHWM) of the server while it receives 2 GB, raw and as a form, a new server each;
+  raw ones once more after 10 conversions, so that nothing is only loaded later;
 - /health/live, asked by a process of its own every 20 ms: idle, and while 25 clients upload and 25 convert;
 - clients that stop in the middle of a head, a body, an upload or a download: after how long they are ended;
 - `POST /v1/convert` of a ResNet-18 beside the command line in a fresh process, in turns.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import http.client
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -40,7 +42,7 @@ ROOT = Path(__file__).parent.parent
 GB, PIECE = 10**9, 2**20
 #: The marks: bytes of memory, seconds beyond the command line's, a 99th percentile in seconds, or as a ratio.
 MEMORY, BEYOND, P99, RATIO = 100 * 10**6, 1.0, 0.1, 5.0
-UPLOADING, CONVERTING, UPLOADED = 25, 25, 20_000_000
+UPLOADING, CONVERTING, UPLOADED, CONVERSIONS = 25, 25, 20_000_000, 10
 #: Seconds by which a client that stops must be ended: the server's own limits, and some patience.
 SLOW = {"head": 20.0, "body": 35.0, "upload": 35.0, "download": 70.0}
 FORM = {"architecture": "torchvision/resnet18", "to": "group"}
@@ -127,31 +129,39 @@ def form(fields: dict[str, str], name: str, size: int) -> tuple[bytes, bytes, di
     )
 
 
-def large_upload(kind: str) -> dict[str, float]:
-    """Send 2 GB to a new server; return its memory before, at its peak, and the seconds."""
-    piece = os.urandom(PIECE)
+def large_upload(kind: str, checkpoint: bytes) -> dict[str, float]:
+    """Send 2 GB to a new server; return its memory before, at its peak, and the seconds.
+
+    Raw ones are sent twice: before the server's first conversions, and after some.
+    """
     size = 2 * GB // PIECE * PIECE
     with server() as running:
         before, _ = running.memory()
         start = time.perf_counter()
+        _send(running, kind, size)
+        found = {"before": before, "seconds": time.perf_counter() - start, "bytes": size}
+        _, found["peak"] = running.memory()
         if kind == "raw":
-            pieces = (piece for _ in range(size // PIECE))
-            headers = {"Content-Length": str(size)}
-            status, _, _ = running.request("PUT", "/v1/uploads?filename=x.pth", pieces, headers)
-        else:
-            head, tail, headers = form({}, "x.pth", size)
+            for _ in range(CONVERSIONS):
+                _expect(convert(running, checkpoint))
+            _, found["peak_of_conversions"] = running.memory()
+            _send(running, kind, size)
+            _, found["peak_afterwards"] = running.memory()
+    return found
 
-            def body() -> Iterator[bytes]:
-                yield head
-                for _ in range(size // PIECE):
-                    yield piece
-                yield tail
 
-            status, _, _ = running.request("POST", "/v1/uploads", body(), headers)
-        seconds = time.perf_counter() - start
-        assert status == 201
-        _, peak = running.memory()
-    return {"before": before, "peak": peak, "seconds": seconds, "bytes": size}
+def _send(running: Server, kind: str, size: int) -> None:
+    """Send a file of some size, raw or as a form."""
+    piece = os.urandom(PIECE)
+    pieces = (piece for _ in range(size // PIECE))
+    if kind == "raw":
+        headers = {"Content-Length": str(size)}
+        status, _, _ = running.request("PUT", "/v1/uploads?filename=x.pth", pieces, headers)
+    else:
+        head, tail, headers = form({}, "x.pth", size)
+        body = itertools.chain([head], pieces, [tail])
+        status, _, _ = running.request("POST", "/v1/uploads", body, headers)
+    assert status == 201
 
 
 def probe(port: int, seconds: float) -> list[float]:
@@ -355,10 +365,11 @@ def main() -> None:
             "processors": os.cpu_count(),
             "load_average_before": os.getloadavg(),
         }
-        memory = {kind: [large_upload(kind) for _ in range(3)] for kind in ("raw", "form")}
+        memory = {kind: [large_upload(kind, checkpoint) for _ in range(3)] for kind in ("raw", "form")}
         results["memory"] = memory
         for kind, runs in memory.items():
-            peak, growth = max(run["peak"] for run in runs), max(run["peak"] - run["before"] for run in runs)
+            peak = max(max(run["peak"], run.get("peak_afterwards", 0)) for run in runs)
+            growth = max(run["peak"] - run["before"] for run in runs)
             took = [run["seconds"] for run in runs]
             print(
                 f"2 GB, {kind}: at most {peak / 1e6:.0f} MB resident, {growth / 1e6:.0f} MB more than before "

@@ -1,13 +1,8 @@
 """Replace a trained network's BatchNorm layers with another normalization and keep what it learned."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from normsearch import reporting
-from normsearch.architectures import Architecture, build
-from normsearch.calibration import Calibration, calibrate, calibration_record
-from normsearch.checkpoints import Checkpoint, load, save
-from normsearch.conversion import convert
-from normsearch.dependence import BatchDependence, Crop
 from normsearch.errors import (
     ArchitectureError,
     CheckpointError,
@@ -22,22 +17,28 @@ from normsearch.errors import (
     StateError,
     TrainingError,
 )
-from normsearch.exporting import export
-from normsearch.lipschitz import OperatorNorms, operator_norms
-from normsearch.measurement import compare, profile
-from normsearch.methods import METHODS, Method, Refusal, parse_method
-from normsearch.plans import Explanation, Plan, explain, plan
 from normsearch.progress import Progress
-from normsearch.recalibration import recalibrate
-from normsearch.reports import Profile, Report
-from normsearch.sensitivities import Sensitivity
-from normsearch.site_effects import sensitivity
-from normsearch.sites import NormSite, find_sites
-from normsearch.state_dicts import convert_state_dict
-from normsearch.training import finetune, parameter_groups
 
 if TYPE_CHECKING:
+    from normsearch import reporting
+    from normsearch.architectures import Architecture, build
+    from normsearch.calibration import Calibration, calibrate, calibration_record
+    from normsearch.checkpoints import Checkpoint, load, save
+    from normsearch.conversion import convert
+    from normsearch.dependence import BatchDependence, Crop
+    from normsearch.exporting import export
+    from normsearch.lipschitz import OperatorNorms, operator_norms
+    from normsearch.measurement import compare, profile
+    from normsearch.methods import METHODS, Method, Refusal, parse_method
+    from normsearch.plans import Explanation, Plan, explain, plan
+    from normsearch.recalibration import recalibrate
+    from normsearch.reports import Profile, Report
     from normsearch.searching.searches import search
+    from normsearch.sensitivities import Sensitivity
+    from normsearch.site_effects import sensitivity
+    from normsearch.sites import NormSite, find_sites
+    from normsearch.state_dicts import convert_state_dict
+    from normsearch.training import finetune, parameter_groups
 
 __version__ = "0.1.0"
 
@@ -93,11 +94,40 @@ __all__ = [
     "sensitivity",
 ]
 
+#: Where the others are: torch takes two seconds to import, Optuna half of one, and some need neither.
+_HOMES = {
+    "architectures": "Architecture build",
+    "calibration": "Calibration calibrate calibration_record",
+    "checkpoints": "Checkpoint load save",
+    "conversion": "convert",
+    "dependence": "BatchDependence Crop",
+    "exporting": "export",
+    "lipschitz": "OperatorNorms operator_norms",
+    "measurement": "compare profile",
+    "methods": "METHODS Method Refusal parse_method",
+    "plans": "Explanation Plan explain plan",
+    "recalibration": "recalibrate",
+    "reports": "Profile Report",
+    "sensitivities": "Sensitivity",
+    "site_effects": "sensitivity",
+    "sites": "NormSite find_sites",
+    "state_dicts": "convert_state_dict",
+    "training": "finetune parameter_groups",
+    "searching.searches": "search",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
 
 def __getattr__(name: str) -> Any:
-    # Optuna takes half a second to import: only for those who search.
-    if name == "search":
-        from normsearch.searching.searches import search
+    if name in _HOME:
+        value = getattr(import_module(f"normsearch.{_HOME[name]}"), name)
+    elif name == "reporting":
+        value = import_module("normsearch.reporting")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
-        return search
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -37,6 +37,13 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
             return model, prefix
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the network that torch.compile wrapped; anything else as it is."""
+    while isinstance(model, torch._dynamo.OptimizedModule):
+        model = model.get_submodule("_orig_mod")
+    return model
+
+
 def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy, of lazy models too.
 

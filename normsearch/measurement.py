@@ -13,7 +13,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from normsearch.dependence import Crop, batch_dependence, crop_dependence
 from normsearch.errors import ModelError, PlanError
-from normsearch.forward import evaluating, try_call
+from normsearch.forward import evaluating, try_call, uncompiled
 from normsearch.memory import peak_memory
 from normsearch.opening import Model, as_module
 from normsearch.reports import Change, Drift, Environment, Profile, Report
@@ -38,7 +38,9 @@ def compare(
     Both models run in eval mode on every batch. Drift is the relative L2 distance
     ‖converted − original‖ / ‖original‖ over all outputs of all batches. On the first batch it is measured
     how much a sample's output depends on the others, in eval and in train mode (dropout and drop-path off,
-    running statistics restored). Models, random state and modes are left as they were.
+    running statistics restored). Models, random state and modes are left as they were. Of a model wrapped by
+    ``torch.compile`` the network inside is measured: it would be compiled again for each mode and batch size,
+    and a compiler's rounding is no effect of the conversion.
 
     Args:
         original: the model before, or an exported program.
@@ -64,7 +66,7 @@ def compare(
         True
 
     """
-    original, converted = as_module(original), as_module(converted)
+    original, converted = uncompiled(as_module(original)), uncompiled(as_module(converted))
     _check_models(original, converted)
     pick = outputs or (lambda output: output)
     sums = DriftSums(logits)
@@ -102,6 +104,9 @@ def compare(
 def profile(model: Model, inputs: Any, *, repeats: int = 10) -> Profile:
     """Measure parameters, latency and peak memory of one forward pass in eval mode.
 
+    A model wrapped by ``torch.compile`` is timed as it is, compiled; its memory is that of the network
+    inside, operation by operation.
+
     Args:
         model: the model.
         inputs: one forward pass's inputs.
@@ -129,7 +134,7 @@ def profile(model: Model, inputs: Any, *, repeats: int = 10) -> Profile:
             _synchronize(model)
             if turn >= 2:
                 times.append((time.perf_counter() - start) * 1e3)
-        peak = peak_memory(lambda: try_call(model, inputs), _device(model))
+        peak = peak_memory(lambda: try_call(uncompiled(model), inputs), _device(model))
     return Profile(
         parameters=_parameters(model),
         latency_ms=median(times),

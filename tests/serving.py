@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from starlette.testclient import TestClient
 
 from api import keys
+from api.database import sqlite_url
 from api.main import create_app
+from api.migrating import open_database
 from api.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -26,9 +32,28 @@ def settings(folder: Path, **others: Any) -> Settings:
     return Settings(**given)
 
 
+@cache
+def _made() -> Path:
+    """A database that is up to date and empty: to make one takes a process and a second."""
+    folder = Path(tempfile.mkdtemp(prefix="normsearch-tests-"))
+    atexit.register(shutil.rmtree, folder)
+    open_database(sqlite_url(folder)).close()
+    return folder / "normsearch.sqlite"
+
+
+def with_database(folder: Path) -> Path:
+    """Return a folder, with a database that is up to date unless it has one."""
+    place = folder / "normsearch.sqlite"
+    if not place.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(_made(), place)
+    return folder
+
+
 @contextmanager
 def served(folder: Path, client: str = "127.0.0.1", **others: Any) -> Iterator[TestClient]:
     """The application in this process, asked from loopback."""
+    with_database(folder / "data")
     app = create_app(settings(folder, **others))
     with TestClient(
         app, base_url="http://127.0.0.1", client=(client, 50_000), raise_server_exceptions=False
@@ -47,6 +72,7 @@ def running(
     folder: Path, grace: float | None = None, tasks: str | None = None, port: int = 0, **environment: str
 ) -> Iterator[int]:
     """The service as a process of its own, open on a free port, which is returned."""
+    with_database(folder / "data")
     code = "import api.observing, api.receiving, api.server, api.__main__ as main\n"
     if grace is not None:
         code += f"api.receiving._GRACE = api.observing._BODY_SECONDS = api.server.HEAD = {grace}\n"

@@ -16,6 +16,7 @@ from serving import settings
 from api.database import BLOBS, UPLOADS, Database, sqlite_url
 from api.idempotency import Commit, Outcome, once
 from api.keys import Owner, create
+from api.migrating import open_database
 from api.owned import add, page, remove
 from api.problems import ProblemError
 from api.store import Content, Store
@@ -38,7 +39,7 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def database(url: str) -> Iterator[Database]:
-    made = Database(url)
+    made = open_database(url)
     with made.write() as connection:
         connection.execute(sa.delete(UPLOADS))
         connection.execute(sa.delete(BLOBS))
@@ -63,13 +64,17 @@ def _together(count: int, work: Callable[[int], Any]) -> list[Any]:
 
 @pytest.mark.parametrize("_", range(5))
 def test_new_file_is_opened_by_many_at_once(_: int, tmp_path: Path) -> None:
-    for database in _together(6, lambda _: Database(sqlite_url(tmp_path))):
-        assert isinstance(database, Database)
+    def use(_: int) -> None:
+        database = Database(sqlite_url(tmp_path))
+        with database.write() as connection:
+            connection.execute(sa.text("CREATE TABLE IF NOT EXISTS x (y)"))
         database.close()
+
+    assert _together(6, use) == [None] * 6
 
 
 def test_schema_is_made_once(url: str) -> None:
-    databases = _together(4, lambda _: Database(url))
+    databases = _together(3, lambda _: open_database(url))
     assert all(isinstance(database, Database) for database in databases)
     for database in databases:
         database.close()

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from dbos import DBOS
-from serving import ROOT, settings
+from dbos import DBOS, DBOSClient, EnqueueOptions
+from serving import ROOT, settings, with_database
 
 from api import jobs, leasing, queueing
 from api.database import ARTIFACTS, EVENTS, JOBS, LEASES, MODELS, PARTS, UPLOADS, now_ms
@@ -28,12 +28,15 @@ from api.queueing import Claim
 from api.retention import Cleaner
 from api.runs import GivenUpError, Run
 from api.tools import Tools, opened
+from api.workflows import JsonSerializer
 from benchmarks.search.postgresql import cluster, missing
 from benchmarks.service_storms.__main__ import Storm
 from benchmarks.service_storms.processes import running
 
 OWNER = Owner("key_test")
 REQUEST = ConversionRequest(model="mod_1", to="group")
+#: What differs from one row to the next.
+CHANGING = {"workflow_uuid", "creator_xid", "retention_timestamp", "created_at", "updated_at", "completed_at"}
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
@@ -51,6 +54,7 @@ def url(request: pytest.FixtureRequest) -> Iterator[str | None]:
 @pytest.fixture
 def tools(url: str | None, tmp_path: Path) -> Iterator[Tools]:
     given = settings(tmp_path, **({} if url is None else {"database_url": url}))
+    with_database(given.data)
     with opened(given, Metrics(), 10) as made:
         with made.database.write() as connection:
             # A server is for all tests of this file.
@@ -81,6 +85,61 @@ def _run(tools: Tools, claim: Claim) -> Run:
         row = jobs.start(connection, tools.queue, claim, claim.workflow)
     assert row is not None
     return Run(tools, claim, row, threading.Semaphore(1))
+
+
+def _rows(tools: Tools, workflow: str) -> dict[str, list[dict[str, Any]]]:
+    """What DBOS's tables hold of a workflow, without what is another's or later each time."""
+    found = {}
+    with tools.database.read() as connection:
+        schema = tools.queue._workflows.schema
+        for name in sa.inspect(connection).get_table_names(schema):
+            table = sa.Table(name, sa.MetaData(), autoload_with=connection, schema=schema)
+            if "workflow_uuid" in table.c:
+                rows = connection.execute(
+                    sa.select(table).where(table.c.workflow_uuid == workflow)
+                ).mappings()
+                found[name] = [{key: row[key] for key in row if key not in CHANGING} for row in rows]
+    return found
+
+
+def test_rows_are_those_that_dbos_writes(tools: Tools) -> None:
+    client = DBOSClient(
+        system_database_url=tools.settings.url(),
+        dbos_system_schema=queueing.SCHEMA,
+        serializer=JsonSerializer(),
+        application_name=queueing.APPLICATION,
+        lazy=True,
+    )
+    options: EnqueueOptions = {
+        "workflow_name": queueing.JOB_QUEUE,
+        "queue_name": queueing.JOB_QUEUE,
+        "workflow_id": "theirs",
+        "app_version": queueing.VERSION,
+    }
+    with tools.database.write() as connection:
+        client.enqueue_in_transaction(connection, options, "job_1", "trial-0")
+        tools.queue.put(connection, "ours", queueing.JOB_QUEUE, "job_1", "trial-0")
+    rows = _rows(tools, "ours")
+    assert rows == _rows(tools, "theirs")
+    assert len(rows["workflow_status"]) == len(rows["workflow_input"]) == 1
+    for name in ("ours", "theirs"):
+        _claimed(tools, name, "one")
+    client.cancel_workflows(["theirs"])
+    with tools.database.write() as connection:
+        tools.queue.cancel(connection, ["ours"])
+    rows = _rows(tools, "ours")
+    assert rows == _rows(tools, "theirs")
+    assert rows["workflow_status"][0]["status"] == "CANCELLED"
+    with tools.database.write() as connection:
+        for name in ("workflow_output", "operation_outputs"):
+            table = sa.Table(
+                name, sa.MetaData(), autoload_with=connection, schema=tools.queue._workflows.schema
+            )
+            needed = {"function_id": 1, "function_name": "x"} if "function_id" in table.c else {}
+            connection.execute(sa.insert(table).values(workflow_uuid="ours", **needed))
+        tools.queue.forget(connection, ["ours"])
+    assert not any(_rows(tools, "ours").values())
+    client.destroy()
 
 
 def test_what_is_private_of_dbos_is_as_it_was() -> None:
@@ -311,14 +370,15 @@ class TestRetention:
         cleaner.close_orphans()
         with tools.database.read() as connection:
             assert connection.scalar(sa.select(JOBS.c.state).where(JOBS.c.id == row.id)) == "queued"
-        tools.queue.cancel([row.id])
+        with tools.database.write() as connection:
+            tools.queue.cancel(connection, [row.id])
         cleaner.close_orphans()
         with tools.database.read() as connection:
             assert connection.scalar(sa.select(JOBS.c.state).where(JOBS.c.id == row.id)) == "failed"
 
 
 def test_messages_of_the_queue_are_json() -> None:
-    serializer = queueing.JsonSerializer()
+    serializer = JsonSerializer()
     assert serializer.deserialize(serializer.serialize({"a": [1, "x", None]})) == {"a": [1, "x", None]}
     assert serializer.serialize(ValueError("x")) == '"ValueError: x"'
     with pytest.raises(TypeError):

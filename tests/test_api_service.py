@@ -8,6 +8,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from fastapi import APIRouter
-from serving import bearer, served
+from pydantic import ValidationError
+from serving import bearer, served, with_database
 from starlette.testclient import TestClient
 
-from api.database import METADATA, Database, new_id, sqlite_url
+from api.database import METADATA, new_id, sqlite_url
+from api.migrating import MigrationError, newest, open_database
 from api.observing import JsonLines
 from api.parts import Asking
+from api.queueing import TABLES
 from api.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -187,16 +192,53 @@ def test_log_is_json_without_secrets(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_migrations_make_what_the_code_expects(tmp_path: Path) -> None:
+    # The queue's tables are DBOS's.
+    ours = {"include_name": lambda name, kind, _: kind != "table" or name in METADATA.tables}
     for _ in range(2):
-        Database(sqlite_url(tmp_path)).close()
-    engine = sa.create_engine(sqlite_url(tmp_path))
-    with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
-    engine.dispose()
+        database = open_database(sqlite_url(tmp_path))
+        with database.read() as connection:
+            assert compare_metadata(MigrationContext.configure(connection, opts=ours), METADATA) == []
+        database.close()
+
+
+def test_the_last_migrations_are_known_without_what_runs_them() -> None:
+    from dbos._migration import get_dbos_migrations, sqlite_migrations
+
+    assert newest() == ScriptDirectory(str(ROOT / "api" / "migrations")).get_current_head()
+    assert len(sqlite_migrations) == len(get_dbos_migrations("dbos", True)) == TABLES
+
+
+def test_database_that_cannot_be_used_is_named_at_the_start(tmp_path: Path) -> None:
+    for url in ("nonsense", "postgresql+asyncpg://anna:secret@localhost/x"):
+        with pytest.raises(ValidationError, match="write postgresql://USER:PASSWORD@HOST/NAME") as raised:
+            Settings(database_url=url)
+        assert "secret" not in str(raised.value)
+    mysql = "mysql://anna:secret@localhost/x"
+    done = _cli(tmp_path, "serve", "--port", "0", NORMSEARCH_OPEN="1", NORMSEARCH_DATABASE_URL=mysql)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: NORMSEARCH_DATABASE_URL: ")
+    assert "secret" not in done.stderr
+    # A newer release was here.
+    with_database(tmp_path / "data")
+    place = tmp_path / "data" / "normsearch.sqlite"
+    with closing(sqlite3.connect(place)) as plain, plain:
+        plain.execute("UPDATE alembic_version SET version_num = '9999'")
+    done = _cli(tmp_path, "serve", "--port", "0", NORMSEARCH_OPEN="1")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: the database sqlite:///{place} cannot be brought up to date: ")
+    assert "9999" in last
+    # A table is there that a migration would make: nothing of it is done.
+    with closing(sqlite3.connect(place)) as plain, plain:
+        plain.execute("UPDATE alembic_version SET version_num = '0001'")
+    with pytest.raises(MigrationError, match="already exists"):
+        open_database(sqlite_url(tmp_path / "data"))
+    with closing(sqlite3.connect(place)) as plain:
+        assert plain.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
 
 
 def test_a_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
-    database = Database(sqlite_url(tmp_path))
+    database = open_database(sqlite_url(with_database(tmp_path)))
     table = METADATA.tables["blobs"]
 
     def fail() -> None:

@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 from factories_of_tests import small
 from pydantic import ValidationError
-from serving import bearer, served, settings
+from serving import bearer, served, settings, with_database
 from starlette.testclient import TestClient
 
 from api.database import BLOBS, UPLOADS, Database, sqlite_url
@@ -89,7 +89,7 @@ def client(bucket: Bucket, tmp_path: Path) -> Iterator[TestClient]:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    made = Database(sqlite_url(tmp_path))
+    made = Database(sqlite_url(with_database(tmp_path)))
     yield made
     made.close()
 

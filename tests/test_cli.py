@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import normsearch
 from normsearch import METHODS, Architecture, reporting
 from normsearch.admission.images import Preparation, find_images, read_image
 from normsearch.arguments import read_architecture, read_to
-from normsearch.cli import app
+from normsearch.cli import COMMANDS, app
 from normsearch.commands import running
 from normsearch.commands.wording import in_options
 from normsearch.tables import Column, Listing
@@ -392,6 +393,40 @@ def test_interrupt_is_clean(checkpoint: str, folder: Path) -> None:
     assert returncode == 130
     assert stderr.strip().splitlines()[-1] == "interrupted; nothing half-written is left"
     assert not (folder / "o.safetensors").exists()
+
+
+def test_the_list_of_commands_is_theirs_and_needs_no_torch() -> None:
+    for name, (module, does) in COMMANDS.items():
+        text = " ".join(str(getattr(import_module(f"normsearch.commands.{module}"), name).__doc__).split())
+        assert text.startswith(does.removesuffix(".")), name
+    code = "import sys, normsearch.__main__ as m; sys.argv[1:] = {words}\ntry: m.main()\n"
+    code += "finally: print({'torch', 'numpy', 'rich'} & set(sys.modules))"
+    for words, status in (["--help"], 0), ([], 2), (["serch"], 2):
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("{words}", str(words))], capture_output=True, text=True
+        )
+        assert done.returncode == status
+        assert done.stdout.endswith("set()\n")
+    assert "Did you mean 'search'?" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["typer", "torch", "normsearch.checkpoints"])
+def test_ctrl_c_before_a_command_begins_ends_it_without_a_word(name: str) -> None:
+    code = f"""
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+class Interrupting(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from normsearch.__main__ import main
+sys.argv = ["normsearch", "sites", "x.pth"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_help_names_every_command() -> None:

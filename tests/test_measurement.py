@@ -406,6 +406,25 @@ def test_what_was_not_measured_is_a_dash() -> None:
 # --- profile --------------------------------------------------------------------------------------
 
 
+def test_compiled_models_are_compared_as_what_is_inside_and_timed_as_they_are() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    inner = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    converted = convert(inner, "group")
+    x = torch.randn(4, 3, 8, 8)
+    pair = [torch.compile(model, backend=backend) for model in (inner, converted)]
+    assert compare(*pair, [x], logits=True) == compare(inner, converted, [x], logits=True)
+    assert not graphs
+    compiled, plain = profile(pair[0], x, repeats=1), profile(inner, x, repeats=1)
+    assert len(graphs) == 1
+    assert compiled.peak_memory_bytes == plain.peak_memory_bytes
+    assert compiled.parameters == plain.parameters
+
+
 def test_profile_counts_parameters_exactly() -> None:
     assert profile(norm_net(), images(), repeats=1).parameters == (27 * 16 + 16) + 32 + (144 * 2 + 2)
 

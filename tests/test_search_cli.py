@@ -316,6 +316,10 @@ def test_each_error_is_one_line(task: str, said: str, folder: Path) -> None:
     assert not (folder / "mytask").exists()
 
 
+ONE_PLAN = (
+    "one plan only is left to try, batch at 4 of 4 sites; refused or vetoed: group at 4 ('1': alone it moves "
+    "the output by more than 0.01); give --no-veto, a larger --veto or other --methods"
+)
 OPTIONS = (
     (["--methods", "batch,grup"], "grup"),
     (["--methods", "batch"], "give --methods that differ"),
@@ -325,10 +329,11 @@ OPTIONS = (
     (["--storage", "absent/x.journal"], "the folder 'absent' does not exist; make it first"),
     (["--storage", "mytask.py"], "mytask.py is not a journal of trials"),
     (["--storage", "mysql://u:secret@h/d"], "mysql:// is no storage that normsearch opens"),
-    (["--task", "mytask:task", "--methods", "batch,group", "--veto", "0.01"], "left without what is refused"),
+    (["--task", "mytask:task", "--methods", "batch,group", "--veto", "0.01"], ONE_PLAN),
     (["--study", "../x"], "--study '../x': give a name that a file may have too"),
     (["-o", "absent/deeper/x"], "the folder 'absent/deeper' does not exist; make it first"),
     (["-o", "mytask.py"], "mytask.py is no folder; give one, or NAME.safetensors"),
+    (["-o", "found.pt"], "-o found.pt: weights are written as NAME.safetensors; give that, or a folder"),
 )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import normsearch
 
@@ -91,21 +94,39 @@ def test_only_children_import_the_library() -> None:
     assert users == {"engine"}
 
 
-def test_service_starts_without_torch() -> None:
-    code = "import sys, api.__main__; print('torch' in sys.modules, 'normsearch' in sys.modules)"
+def test_server_holds_nothing_in_memory_that_others_need() -> None:
+    code = "import sys, api.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
-    assert done.stdout.split() == ["False", "False"], done.stderr
+    loaded = set(done.stdout.split())
+    assert {"api", "fastapi"} <= loaded, done.stderr
+    assert not loaded & {"torch", "normsearch", "numpy", "optuna", "dbos", "alembic", "psycopg"}
 
 
-def test_importing_loads_nothing_heavy_but_torch() -> None:
+def test_importing_loads_nothing_and_its_names_nothing_heavy_but_torch() -> None:
     code = (
-        "import torch, sys; before = set(sys.modules); import normsearch; "
+        "import sys, normsearch; assert 'torch' not in sys.modules; import torch; before = set(sys.modules); "
+        "[getattr(normsearch, name) for name in normsearch.__all__ if name != 'search']; "
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     third_party = set(ast.literal_eval(loaded)) - set(sys.stdlib_module_names) - {"normsearch"}
     assert not third_party & {"rich", "typer", "pydantic", "torchvision", "timm", "optuna", "safetensors"}
     assert third_party <= {"torch", "sympy", "mpmath", "networkx"}, third_party
+
+
+def test_public_names_are_where_type_checkers_look() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.name: node.module for alias in node.names}
+    for name in normsearch.__all__:
+        module = found[name]
+        value = getattr(importlib.import_module(module), name)
+        assert getattr(normsearch, name) is value
+        assert name in dir(normsearch)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        normsearch.nothing  # noqa: B018
 
 
 def test_no_module_is_named_like_a_public_function() -> None:

@@ -134,14 +134,12 @@ async def cancel(
         row = fetch(connection, JOBS, asking, identifier)
         if not jobs.finish(connection, service.store, sa.true(), row.id, "cancelled"):
             raise ProblemError(409, "conflict", f"job {identifier} is {row.state} already")
+        service.queue.cancel(connection, [identifier])
         return Outcome(200, job_of(connection, asking, identifier).model_dump(mode="json"))
 
     def work() -> Outcome:
         same = fingerprint("cancel", identifier)
-        outcome = at_once(service.database, asking, idempotency_key, same, commit)
-        # Should this be lost, the worker that takes the job finds that it is cancelled.
-        service.queue.cancel([identifier])
-        return outcome
+        return at_once(service.database, asking, idempotency_key, same, commit)
 
     return answered(await run_sync(work))
 
@@ -156,5 +154,5 @@ def delete(service: Service, asking: Asking, identifier: Identifier) -> Response
         for table in (EVENTS, PARTS):
             connection.execute(sa.delete(table).where(table.c.job == identifier))
         remove(connection, JOBS, asking, identifier)
-    service.queue.forget([identifier])
+        service.queue.forget(connection, [identifier])
     return Response(status_code=204)

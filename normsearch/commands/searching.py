@@ -181,7 +181,7 @@ def search(
         raise typer.BadParameter("give --veto or --no-veto, not both", param_hint="--veto")
     name = _study_name(study, task)
     kept = storage or f"{name}.journal"
-    places = _places(output or Path(name))
+    places = _places(Path(name)) if output is None else _places(_folder_or_weights(output))
     journal = None if "://" in kept else Path(kept)
     _refuse(places, journal, force=force)
     from normsearch import searching
@@ -285,6 +285,21 @@ def _study_name(study: str | None, task: str) -> str:
     if not name or name != Path(name).name or not name.isprintable() or name.startswith("."):
         raise SearchError(f"--study {name!r}: give a name that a file may have too")
     return name
+
+
+def _folder_or_weights(output: Path) -> Path:
+    """Return ``--output``.
+
+    Raises:
+        CheckpointError: it has the suffix of a file that is not written.
+
+    """
+    if output.suffix not in ("", ".safetensors") and not output.exists():
+        raise CheckpointError(
+            f"-o {output}: weights are written as NAME.safetensors; give that, or a folder, which must exist "
+            f"already if its name ends like a file's ({output.suffix})"
+        )
+    return output
 
 
 def _places(output: Path) -> tuple[Path, Path, Path, Path]:

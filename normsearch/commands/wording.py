@@ -18,6 +18,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
         r"give veto=None, or a larger one, or other methods=",
         "give --no-veto, a larger --veto or other --methods",
     ),
+    (r"give other methods=", "give other --methods"),
     (r"search without veto", "search with --no-veto"),
     (r"allow it with batch_independent=False", "search without --batch-independent"),
     (r"was made with directions=", "was made with --direction "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from normsearch.errors import NormsearchError, SearchError
+from normsearch.methods import Refusal
 from normsearch.progress import OnProgress
 from normsearch.searching.constraints import CEILINGS, BatchIndependent, MaxDrop
 from normsearch.searching.costs import measure_costs
@@ -33,6 +35,8 @@ _TRIALS_PER_CHOICE = 4
 _FEWEST_CHOICES = 8
 #: Plans from the prior that are tried first.
 _FROM_PRIOR = 3
+#: How the reason of a veto begins; its threshold follows.
+_VETOED = "alone it moves the output by more than"
 
 
 def prepare(
@@ -75,11 +79,7 @@ def prepare(
             memory.keep("costs", asdict(measure_costs(resident, space, first, on_progress=on_progress)))
     space = space.tied(max(_FEWEST_CHOICES, n_trials // _TRIALS_PER_CHOICE))
     if space.size < 2:
-        gone = ", ".join(sorted({refusal.method for refusal in space.refusals}))
-        raise SearchError(
-            f"one plan only is left without what is refused or vetoed somewhere ({gone}); give veto=None, or "
-            "a larger one, or other methods="
-        )
+        raise SearchError(_only_plan(space))
     memory.keep_space(space)
     if settings.sense and isinstance(objective, Task) and not memory.has("prior"):
         memory.keep("prior", sense(resident, space, objective, seed=settings.seed, on_progress=on_progress))
@@ -89,6 +89,23 @@ def prepare(
         memory.keep("reference", _original(resident, space, objective, memory))
     _enqueue_first(space, memory, settings, evaluation(resident, space, objective, memory))
     memory.keep("ready", True)
+
+
+def _only_plan(space: SearchSpace) -> str:
+    """Say which plan is left, where each other method may not stand, and why."""
+    left = Counter(choice.methods[0] for choice in space.choices for _ in choice.sites)
+    kept = " and ".join(
+        f"{method} at {count} of {len(space.allowed)} sites" for method, count in left.items()
+    )
+    gone: dict[str, list[Refusal]] = {}
+    for refusal in space.refusals:
+        gone.setdefault(refusal.method, []).append(refusal)
+    why = ", ".join(
+        f"{method} at {len(found)} ({found[0].site!r}: {found[0].reason})" for method, found in gone.items()
+    )
+    vetoed = any(refusal.reason.startswith(_VETOED) for refusal in space.refusals)
+    way = "give veto=None, or a larger one, or other methods=" if vetoed else "give other methods="
+    return f"one plan only is left to try, {kept}; refused or vetoed: {why}; {way}"
 
 
 def _original(resident: Resident, space: SearchSpace, objective: Objective | Task, memory: Memory) -> float:
@@ -123,7 +140,7 @@ def _vetoed(
     if veto is None:
         return space
     vetoes = {path: [m for m in spellings if m != "batch"] for path, spellings in drift.vetoes(veto).items()}
-    return space.without(vetoes, f"alone it moves the output by more than {veto:g}")
+    return space.without(vetoes, f"{_VETOED} {veto:g}")
 
 
 def _enqueue_first(space: SearchSpace, memory: Memory, settings: Settings, trials: Evaluation) -> None:
