@@ -11,7 +11,7 @@ RUN python3 -m venv /opt/normsearch
 COPY pyproject.toml README.md LICENSE ./
 COPY normsearch/__init__.py normsearch/
 RUN /opt/normsearch/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.10" "torchvision>=0.25" \
-    && /opt/normsearch/bin/pip install --no-cache-dir ".[service,s3]"
+    && /opt/normsearch/bin/pip install --no-cache-dir ".[onnx,service,s3]"
 COPY normsearch normsearch
 COPY api api
 # Compiled here: the image's files are never written again.

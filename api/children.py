@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import TypeVar
 
 import anyio
@@ -17,6 +18,8 @@ from api.tasks import Scalar, Source
 
 T = TypeVar("T")
 FACTORIES = "factories/"
+#: Files that say themselves what their network is, by their suffix.
+COMPLETE = {".pt2": "an exported program", ".onnx": "an ONNX file"}
 
 
 async def in_turn(service: Parts, work: Callable[[], T]) -> T:
@@ -49,12 +52,20 @@ def source(
     arguments: dict[str, Scalar],
     entry: str | None,
 ) -> Source:
-    """Return a checkpoint as a child is told of it.
+    """Return a network's file as a child is told of it.
 
     Raises:
-        ProblemError: 422; there is no such factory, or it is given arguments.
+        ProblemError: 422; there is no such factory, or it is given arguments, or the file needs neither.
 
     """
+    complete = COMPLETE.get(PurePath(plain(filename)).suffix)
+    if complete is not None and (architecture is not None or arguments or entry is not None):
+        raise ProblemError(
+            422,
+            "refused",
+            f"{filename} is {complete}, which says itself what its network is; leave out architecture, "
+            "arguments and entry",
+        )
     known_as = architecture
     configured = architecture is not None and architecture.startswith(FACTORIES)
     if architecture is not None and configured:
@@ -83,12 +94,14 @@ def source(
 
 
 def plain(filename: str) -> str:
-    """Return a file's name in letters that need no care anywhere, with its suffix.
+    """Return a file's name in letters that need no care anywhere, with its suffix in small ones.
 
     Example:
-        >>> plain("résumé of mine.pth")
+        >>> plain("résumé of mine.PTH")
         'r_sum__of_mine.pth'
 
     """
     made = re.sub(r"[^A-Za-z0-9._-]", "_", filename)[-150:]
+    name, dot, suffix = made.rpartition(".")
+    made = name + dot + suffix.lower() if dot else made
     return made if made[0].isalnum() else f"x{made}"

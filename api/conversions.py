@@ -99,8 +99,13 @@ def keep_artifacts(
     return rows
 
 
+def format_of(model: sa.Row[Any]) -> str:
+    """Return the format of a model's file."""
+    return str(json.loads(model.document)["found"]["format"])
+
+
 def source_of(tools: Tools, model: sa.Row[Any], upload: sa.Row[Any]) -> Source:
-    """Return the checkpoint of a model as a child is told of it."""
+    """Return the file of a model as a child is told of it."""
     asked = json.loads(model.document)["asked"]
     return source(tools.settings, upload.name, asked["architecture"], asked["arguments"], asked["entry"])
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from api.children import plain
 from api.conversions import data_in, source_of
-from api.database import DATASETS, MODELS, UPLOADS
+from api.database import ARTIFACTS, DATASETS, MODELS, UPLOADS
 from api.owned import fetch
 from api.runs import Run
 from api.store import Content
@@ -42,6 +42,21 @@ def model_of(run: Run, identifier: str) -> tuple[dict[str, Path], Source, str]:
     upload = row_of(run, UPLOADS, model.upload)
     told = source_of(run.tools, model, upload)
     return {told.file: path_of(run, upload)}, told, upload.name
+
+
+def plan_of(run: Run, weights: sa.Row[Any]) -> sa.Row[Any] | None:
+    """Return the plan that was made with weights; None if it was deleted."""
+
+    def read() -> sa.Row[Any] | None:
+        beside = (
+            ARTIFACTS.c.job == weights.job,
+            ARTIFACTS.c.owner == run.owner.id,
+            ARTIFACTS.c.role == "plan",
+        )
+        with run.tools.database.read() as connection:
+            return connection.execute(sa.select(ARTIFACTS).where(*beside)).first()
+
+    return run.lasting(read)
 
 
 def data_of(

@@ -79,9 +79,14 @@ class CalibrationRequest(Request):
         examples=[_WEIGHTS_ID],
     )
     dataset: DatasetId
-    budget: int = Field(200, ge=0, le=20_000, description="the most optimisation steps, one batch each")
+    budget: int = Field(
+        200,
+        ge=0,
+        le=20_000,
+        description="the most optimisation steps, one batch each; ONNX files are fitted without any",
+    )
     parameters: Literal["all", "affine"] = Field(
-        "all", description="what may change: everything, or the new layers alone"
+        "all", description="what may change: everything, or the new layers alone; of ONNX files everything"
     )
     batch_size: BatchSize = 32
     samples: Samples = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from api.children import source
 from api.conversions import Received, keep_artifacts, keep_model, receive
 from api.database import ARTIFACTS, JOBS, UPLOADS
-from api.inputs import data_of, model_of, path_of, row_of, stem
+from api.inputs import data_of, model_of, path_of, plan_of, row_of, stem
 from api.job_schemas import CalibrationRequest, ConversionRequest, ConvertJob, SensitivityRequest
 from api.owned import fetch
 from api.runs import Run
@@ -76,12 +76,18 @@ def calibration(run: Run) -> None:
     request = CalibrationRequest.model_validate_json(run.job.request)
     weights = row_of(run, ARTIFACTS, request.weights)
     files, told, name = model_of(run, weights.model)
-    files["weights.safetensors"] = path_of(run, weights)
+    # No upload's name begins like this.
+    converted = f"_converted{PurePath(weights.name).suffix}"
+    files[converted] = path_of(run, weights)
+    plan = plan_of(run, weights)
+    if plan is not None:
+        files["_plan.json"] = path_of(run, plan)
     data = data_of(run, files, request.dataset, request.batch_size, request.samples)
     assert data is not None
     asked = Calibrating(
         source=told,
-        converted="weights.safetensors",
+        converted=converted,
+        plan=None if plan is None else "_plan.json",
         data=data,
         budget=request.budget,
         parameters=request.parameters,

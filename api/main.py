@@ -39,7 +39,8 @@ from api.tools import opened
 from api.workers import Workers
 
 _ABOUT = """\
-Upload a checkpoint of a trained network, and get it back with its BatchNorm layers replaced.
+Upload a trained network, a checkpoint, an exported program (.pt2) or an ONNX file, and get it back with its
+BatchNorm layers replaced.
 
 Errors are problem details (RFC 9457). Every POST takes an `Idempotency-Key`. Lists have `next`, to be given
 back as `cursor`. Requests carry `Authorization: Bearer KEY`."""

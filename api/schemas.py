@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic, Self, TypeVar
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from api.tasks import Decision, Described, Keep, Preparation, Scalar, To
+from api.tasks import Decision, Described, Format, InputOf, Keep, Preparation, Scalar, To
 
 T = TypeVar("T")
 
@@ -60,7 +60,8 @@ Architecture = Annotated[
     str,
     Field(
         max_length=200,
-        description="as GET /v1/architectures lists it; not needed for checkpoints that name one themselves",
+        description="as GET /v1/architectures lists it; not needed for checkpoints that name one themselves, "
+        "and none for exported programs (.pt2) and ONNX files (.onnx)",
         examples=["torchvision/resnet50"],
     ),
 ]
@@ -115,17 +116,23 @@ class ModelRequest(Request):
 
 
 class Model(BaseModel):
-    """A checkpoint that fits its network."""
+    """A network: a checkpoint that fits its architecture, an exported program, or an ONNX file."""
 
     id: str = Field(examples=[_MODEL_ID])
     upload: str
     filename: str
-    format: str = Field(examples=["torch zip"])
-    architecture: str = Field(examples=["torchvision/resnet50"])
+    format: Format = Field(examples=["torch zip"])
+    architecture: str | None = Field(
+        description="null for an exported program or an ONNX file, which says itself what its network is",
+        examples=["torchvision/resnet50"],
+    )
     arguments: dict[str, Scalar]
     entry: str | None
     parameters: int = Field(examples=[25557032])
-    converted: bool = Field(description="whether normsearch converted it already")
+    converted: bool = Field(description="whether normsearch converted it already; ONNX files do not say")
+    inputs: list[InputOf] | None = Field(
+        description="of an exported program or an ONNX file; null where the file does not say"
+    )
     sites: int = Field(description="number of places where it normalizes; /sites lists them", examples=[53])
     notes: list[str] = Field(description="what was unwrapped, renamed or cast to read it")
     created: datetime
@@ -142,6 +149,7 @@ class Model(BaseModel):
             # Operators' factories are known by the names that they gave them.
             architecture=asked["architecture"] or found["architecture"],
             entry=asked["entry"],
+            inputs=found.get("inputs"),
             sites=len(found["sites"]),
             created=moment(row.created_ms),
             **{key: found[key] for key in ("format", "arguments", "parameters", "converted", "notes")},
@@ -197,7 +205,10 @@ class Artifact(BaseModel):
     id: str = Field(examples=["art_019e2f0c5b1a0123456789abcdef01234567"])
     model: str = Field(description="what it was made from", examples=[_MODEL_ID])
     job: str | None = Field(description="what made it")
-    role: str = Field(description="weights, script, layers, plan, report (JSON), page (HTML) or sensitivity")
+    role: str = Field(
+        description="weights (the rewritten file, of the kind that was given: .safetensors, .pt2 or .onnx), "
+        "script, layers, plan, report (JSON), page (HTML) or sensitivity"
+    )
     filename: str = Field(examples=["resnet50-converted.safetensors"])
     media_type: str
     bytes: int

@@ -13,6 +13,8 @@ Text = Annotated[str, Field(max_length=4000)]
 Name = Annotated[str, Field(max_length=2000)]
 _OBJECT = TypeAdapter(dict[str, JsonValue])
 Keep = Literal["function", "affine", "nothing"]
+#: What a file of a network may be; the last two say themselves what their network is.
+Format = Literal["safetensors", "torch zip", "torch legacy", "exported program", "onnx"]
 #: A method's spelling, several in order of preference, or patterns of site paths to these.
 Choice = (
     Annotated[str, Field(max_length=300)]
@@ -25,7 +27,7 @@ To = (
 
 
 class Source(Strict):
-    """A checkpoint in the child's folder, and the network that it belongs to.
+    """The file of a network in the child's folder, and the architecture that it belongs to.
 
     Attributes:
         file: its name.
@@ -114,10 +116,23 @@ class Converting(Strict):
 
 
 class Calibrating(Strict):
-    """Ask for a calibration: a converted checkpoint, its original, and inputs."""
+    """Ask for a calibration: what was converted, its original, and inputs.
+
+    Attributes:
+        source: the original.
+        converted: the name of the file that was converted.
+        plan: the name of the file of its plan, where there is one; ONNX files do not say theirs.
+        data: the inputs.
+        budget: the most optimisation steps.
+        parameters: what may change.
+        seed: of all that is random.
+        stem: what the files that are made begin with.
+
+    """
 
     source: Source
     converted: str
+    plan: str | None = None
     data: Data
     budget: int
     parameters: Literal["all", "affine"]
@@ -193,15 +208,28 @@ class Site(Strict):
     open_batch: bool = Field(description="whether an exported program leaves its batch size open")
 
 
-class Inspected(Strict):
-    """What a checkpoint holds."""
+class InputOf(Strict):
+    """An input of a network, as its file describes it."""
 
-    format: Literal["safetensors", "torch zip", "torch legacy"]
-    architecture: Name
+    name: Name
+    dtype: Name | None
+    shape: tuple[int | None, ...] | None = Field(
+        description="null where a size is open, or nothing is known of it"
+    )
+
+
+class Inspected(Strict):
+    """What a file of a network holds."""
+
+    format: Format
+    architecture: Name | None
     arguments: dict[str, Scalar]
     parameters: int = Field(ge=0)
     converted: bool = Field(description="whether normsearch converted it already")
     notes: tuple[Text, ...]
+    inputs: Annotated[list[InputOf], Field(max_length=1000)] | None = Field(
+        None, description="of an exported program or an ONNX file; null where the file does not say"
+    )
     sites: Annotated[list[Site], Field(max_length=20_000)]
 
 

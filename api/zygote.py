@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,8 @@ def _child(order: Order, files: list[int], parent: int, tasks: Tasks, readable: 
             os.symlink(f"/proc/self/fd/{descriptor}", folder / name)
         os.chdir(folder)
         os.environ.update(HOME=order.folder, TMPDIR=order.folder, XDG_CACHE_HOME=order.folder)
+        # Found once in a process, and the one that forks may have found it.
+        tempfile.tempdir = order.folder
         argument = (folder / ARGUMENT).read_bytes()
         limit(order.limits, sum(os.fstat(descriptor).st_size for descriptor in inputs))
         system = [Path(path) for path in (*_SYSTEM, *_MORE)]

@@ -297,6 +297,92 @@ def test_what_is_refused_has_a_way_out(tab: Tab, tmp_path: Path) -> None:
     accessible(tab)
 
 
+@pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_files_that_need_no_architecture(
+    tab: Tab, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, written = tab.page, tmp_path / f"digits.{suffix}"
+    torch.manual_seed(0)
+    _write_file(factories_of_tests.digits().eval(), written)
+    page.fill("#architecture", "torchvision/resnet18")
+    page.set_input_files("#file", written)
+    page.wait_for_selector("#complete:has-text('needs no architecture')")
+    assert page.is_hidden("#architecture")
+    assert page.is_hidden("#arguments")
+    accessible(tab)
+    page.click("#upload-button")
+    tab.shows("model")
+    surveyed(tab)
+    # The file told the shape of its input.
+    assert page.input_value("#shape") == "1x8x8"
+    assert page.locator("#sites .body [role=row]").count() == 2
+    assert "Architecture" not in page.inner_text("#model-facts")
+    offered = page.locator("#run-tabs [role=tab]:visible").all_inner_texts()
+    assert offered == (["Convert", "Measure sensitivity"] if suffix == "pt2" else ["Convert"])
+    assert "search" in page.inner_text("#run-help").lower()
+    page.select_option("#all", "group")
+    page.wait_for_selector("#summary:has-text('group')")
+    accessible(tab)
+    # The plan as text does what it says.
+    monkeypatch.chdir(tmp_path)
+    page.click("#tab-python")
+    exec(page.inner_text("#plan-code"), {})
+    assert Path(f"converted.{suffix}").exists()
+    page.click("#tab-cli")
+    words = shlex.split(page.inner_text("#plan-code").replace("\\\n", " "))
+    assert words[:3] == ["normsearch", "convert", f"digits.{suffix}"]
+    assert "--architecture" not in words
+    assert words[-2:] == ["-o", f"converted.{suffix}"]
+    page.click("#convert-now")
+    tab.shows("job")
+    ended(tab, "succeeded")
+    page.wait_for_selector("#report-part:not([hidden])")
+    names = page.locator("#files th").all_inner_texts()
+    assert names == [
+        f"digits-converted.{suffix}",
+        *(f"digits-{one}" for one in ("plan.json", "report.json", "report.html")),
+    ]
+    with page.expect_download() as waited:
+        page.locator("#files a").first.click()
+    waited.value.save_as(tmp_path / f"digits-converted.{suffix}")
+    code = page.inner_text("#load-code")
+    made: dict[str, Any] = {}
+    exec(code, made)
+    x = torch.randn(3, 1, 8, 8)
+    if suffix == "pt2":
+        found = made["model"](x)
+    else:
+        found = torch.from_numpy(made["session"].run(None, {"x": x.numpy()})[0])
+    assert found.shape == (3, 10)
+    accessible(tab)
+
+
+def _write_file(network: torch.nn.Module, path: Path) -> None:
+    if path.suffix == ".pt2":
+        normsearch.export(network, path, torch.randn(4, 1, 8, 8))
+        return
+    onnx_networks = pytest.importorskip("onnx_networks", reason="needs the extra onnx")
+    writer = onnx_networks.Writer("initializers")
+    x = "x"
+    for number, layer in enumerate(network):
+        name, out = f"{number}", f"{number}.y"
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            x = writer.batch_norm(x, name, layer)
+        elif isinstance(layer, torch.nn.ReLU):
+            x = writer.node("Relu", [x], out, name)
+        elif isinstance(layer, torch.nn.Flatten):
+            x = writer.node("Flatten", [x], out, name)
+        else:
+            weights = [writer.constant(f"{name}.{key}", getattr(layer, key)) for key in ("weight", "bias")]
+            if isinstance(layer, torch.nn.Linear):
+                x = writer.node("Gemm", [x, *weights], out, name, transB=1)
+            else:
+                strides = list(layer.stride)
+                x = writer.node("Conv", [x, *weights], out, name, pads=[1] * 4, strides=strides)
+    given, result = onnx_networks.value("x", "batch", 1, 8, 8), onnx_networks.value(x, "batch", 10)
+    path.write_bytes(writer.model(17, [given], [result]).SerializeToString())
+
+
 def test_job_is_followed_over_a_reload_and_cancelled_in_another_tab(
     tab: Tab, conversion: dict[str, Any]
 ) -> None:

@@ -5,6 +5,8 @@ It runs in a confined child, on files in the child's folder, and says what came 
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +34,7 @@ from api.tasks import (
     Source,
 )
 from normsearch.errors import ArchitectureError, NormsearchError, RefusedError
+from normsearch.exporting import exported
 from normsearch.inputs import random_batch
 from normsearch.methods import METHODS
 from normsearch.plans import Plan
@@ -51,6 +54,15 @@ def prepare() -> None:
     document(model, normsearch.convert(model, made), made, batches).to_html()
     for module in ("safetensors.torch", "PIL.Image", "numpy"):
         __import__(module)
+    # Reading, converting and writing a program imports some four hundred modules.
+    held = io.BytesIO()
+    torch.export.save(exported(model, next(iter(batches))), held)
+    held.seek(0)
+    normsearch.convert(torch.export.load(held), "group")
+    # Without onnxruntime, which starts a thread: children import it, in a tenth of a second.
+    with contextlib.suppress(ModuleNotFoundError):
+        for module in ("onnx", "onnx_ir"):
+            __import__(module)
 
 
 def run(task: str, argument: bytes, folder: Path, report: Report) -> BaseModel | Failed:
@@ -96,7 +108,7 @@ def _catalogue(*_: Any) -> Catalogue:
 
 
 def _inspect(source: Source, folder: Path, report: Report) -> Inspected:
-    return inspected(loaded(source, folder), source, folder)
+    return inspected(loaded(source, folder))
 
 
 _TASKS: dict[str, tuple[Any, Callable[[Any, Path, Report], BaseModel]]] = {

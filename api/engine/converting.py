@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 import normsearch
 from api.engine import data
 from api.engine.labels import scoring
+from api.engine.networks import Network
 from api.engine.sources import Report, converted, following, inspected, loaded, original, said, title, wanted
 from api.tasks import (
     Calibrated,
@@ -29,12 +28,11 @@ from api.tasks import (
     Sensing,
 )
 from normsearch.architectures import Architecture
-from normsearch.checkpoints import save
 from normsearch.errors import NormsearchError
 from normsearch.methods import METHODS
 from normsearch.plans import Plan
 from normsearch.rebuilding import script_names, scripts
-from normsearch.reporting import Document, document, parts
+from normsearch.reporting import Document, parts
 from normsearch.reports import Environment
 
 
@@ -52,22 +50,26 @@ class Writing:
         self.files: list[Made] = []
         self.notes: list[str] = []
 
-    def weights(self, model: nn.Module, architecture: Architecture | None, plan: Plan, what: str) -> None:
-        """Write weights, the script that rebuilds their network, and the plan."""
-        assert architecture is not None
-        name = f"{self._stem}-{what}.safetensors"
-        save(model, self._folder / name, architecture=architecture, plan=plan)
+    def weights(self, before: Network, model: Any, plan: Plan | None, what: str) -> None:
+        """Write what was made of a network, the script that rebuilds it if that is needed, and the plan."""
+        name = f"{self._stem}-{what}{before.suffix}"
+        before.write(model, self._folder / name, plan)
         self.files.append(Made(name=name, role="weights", media_type="application/octet-stream"))
-        names = script_names(name)
+        if before.architecture is not None:
+            self._script(model, before.architecture, plan, name)
+        if plan is not None:
+            self._write(f"{self._stem}-plan.json", "plan", "application/json", plan.to_json())
+
+    def _script(self, model: Any, architecture: Architecture, plan: Plan | None, weights: str) -> None:
+        names = script_names(weights)
         try:
-            texts = scripts(model, architecture, plan, name, names)
+            texts = scripts(model, architecture, plan, weights, names)
         except NormsearchError as error:
             # What a script cannot show is no reason to lose the checkpoint.
             texts = {}
             self.notes.append(f"no {names[0]}: {said(str(error), self._folder)}"[:4000])
         for (script, text), role in zip(texts.items(), ("script", "layers"), strict=False):
             self._write(script, role, "text/x-python", text)
-        self._write(f"{self._stem}-plan.json", "plan", "application/json", plan.to_json())
 
     def report(self, made: Document) -> None:
         """Write a report as JSON and as a page."""
@@ -86,9 +88,9 @@ class Writing:
 def explain(asked: Explaining, folder: Path, report: Report) -> Explained:
     """Say which method would stand at each site, and why not."""
     found = loaded(asked.source, folder)
-    given = data.inputs(found.model, asked.data, asked.input_shape, folder, 2)
+    given = data.inputs(found, asked.data, asked.input_shape, folder, 2)
     first, to = (None if given is None else next(iter(given))), wanted(asked.to)
-    explained = normsearch.explain(found.model, to, inputs=first)
+    explained = found.library.explain(found.model, to, inputs=first)
     rows = [
         Decision(
             site=row.site.path,
@@ -104,27 +106,26 @@ def explain(asked: Explaining, folder: Path, report: Report) -> Explained:
     ]
     plan = None
     if not explained.refusals:
-        plan = normsearch.plan(found.model, to, inputs=first).to_json()
+        plan = found.library.plan(found.model, to, inputs=first).to_json()
     return Explained(rows=rows, notes=tuple(said(note, folder) for note in explained.notes), plan=plan)
 
 
 def convert(asked: Converting, folder: Path, report: Report) -> Converted:
-    """Replace the layers of a checkpoint."""
+    """Replace the layers of a network."""
     before = original(asked.source, folder)
-    known = inspected(before, asked.source, folder)
-    given = data.inputs(before.model, asked.data, asked.input_shape, folder)
+    known = inspected(before)
+    given = data.inputs(before, asked.data, asked.input_shape, folder)
     first = None if given is None else next(iter(given))
     if asked.plan is not None:
         plan = Plan.from_json(asked.plan)
     else:
-        plan = normsearch.plan(before.model, wanted(asked.to), inputs=first)
-    model = normsearch.convert(before.model, plan, inputs=first, keep=asked.keep)
+        plan = before.library.plan(before.model, wanted(asked.to), inputs=first)
+    model = before.library.convert(before.model, plan, inputs=first, keep=asked.keep)
     written = Writing(folder, asked.stem)
-    written.weights(model, before.architecture, plan, "converted")
-    scored = scoring(before.model, asked.data, folder)
+    written.weights(before, model, plan, "converted")
+    scored = scoring(before, asked.data, folder)
     written.report(
-        document(
-            before.model,
+        before.document(
             model,
             plan,
             given,
@@ -147,41 +148,37 @@ def convert(asked: Converting, folder: Path, report: Report) -> Converted:
 
 
 def calibrate(asked: Calibrating, folder: Path, report: Report) -> Calibrated:
-    """Bring a converted checkpoint back to its original."""
+    """Bring a converted network back to its original."""
     before = original(asked.source, folder)
-    model, plan = converted(asked.converted, before, asked.source, folder)
-    given = data.batches(before.model, asked.data, folder)
+    model, plan = converted(asked.converted, asked.plan, before, asked.source, folder)
+    given = data.batches(before, asked.data, folder)
     kept = given.kept()
     follow = following(report)
-    calibrated = normsearch.calibrate(
-        model,
-        before.model,
-        kept,
-        budget=asked.budget,
-        parameters=asked.parameters,
-        seed=asked.seed,
-        on_progress=follow,
-    )
-    record = normsearch.calibration_record(calibrated)
+    calibrated = before.calibrate(model, kept, asked, follow)
+    record = before.library.calibration_record(calibrated)
     assert record is not None
     written = Writing(folder, asked.stem)
-    written.weights(calibrated, before.architecture, plan, "calibrated")
-    scored = scoring(before.model, asked.data, folder)
-    written.report(
-        document(
-            before.model,
-            model,
-            plan,
-            kept,
-            calibrated=calibrated,
-            title=title(asked.source, before),
-            notes=(*given.notes, *scored.notes),
-            metric=scored.metric,
-            metric_name="accuracy",
-            logits=scored.metric is not None,
-            on_progress=follow,
+    written.weights(before, calibrated, plan, "calibrated")
+    if plan is None:
+        written.notes.append(
+            "no report: the plan of the conversion was deleted, and the file does not say it"
         )
-    )
+    else:
+        scored = scoring(before, asked.data, folder)
+        written.report(
+            before.document(
+                model,
+                plan,
+                kept,
+                calibrated=calibrated,
+                title=title(asked.source, before),
+                notes=(*given.notes, *scored.notes),
+                metric=scored.metric,
+                metric_name="accuracy",
+                logits=scored.metric is not None,
+                on_progress=follow,
+            )
+        )
     return Calibrated(
         files=written.files,
         before=_finite(record.error.before),
@@ -194,7 +191,7 @@ def calibrate(asked: Calibrating, folder: Path, report: Report) -> Calibrated:
 def sensitivity(asked: Sensing, folder: Path, report: Report) -> Sensed:
     """Measure how far the output moves when one site changes."""
     before = original(asked.source, folder)
-    given = data.inputs(before.model, asked.data, asked.input_shape, folder)
+    given = data.inputs(before, asked.data, asked.input_shape, folder)
     methods = asked.methods or tuple(name for name in METHODS if name != "batch")
     found = normsearch.sensitivity(
         before.model, methods, given, sites=asked.sites, on_progress=following(report)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from api.engine.networks import Network
 from api.tasks import Array, Data, Described, Describing, ImageClass
 from normsearch.admission.arrays import read_inputs
 from normsearch.admission.image_archives import check_archive, extract, images_in
@@ -53,27 +54,50 @@ def describe(asked: Describing, folder: Path) -> Described:
     )
 
 
-def batches(model: nn.Module, data: Data, folder: Path) -> Batches:
+def batches(network: Network, data: Data, folder: Path) -> Batches:
     """Return a dataset's inputs in batches, evenly spread samples of many."""
-    found = samples(model, data, folder)
+    found = samples(network, data, folder)
     if found.count is None:
         return Batches(lambda _: found.inputs(None), 1, None, found.notes)
-    rows = torch.tensor(spread(found.count, data.samples))
-    size = data.batch_size
+    rows, size = split(network, found.count, data)
+    notes = found.notes
+    if network.batch_size is not None:
+        notes += (f"batches of {size}: the file was exported for no others",)
 
     def read(number: int) -> Any:
         return found.inputs(rows[number * size : (number + 1) * size])
 
-    return Batches(read, -(-len(rows) // size), len(rows), found.notes)
+    return Batches(read, -(-len(rows) // size), len(rows), notes)
+
+
+def split(network: Network, count: int, data: Data) -> tuple[Tensor, int]:
+    """Return which of a dataset's samples are read, evenly spread, and how many in one forward pass.
+
+    Raises:
+        CheckpointError: the network takes more in one forward pass than there are.
+
+    """
+    only = network.batch_size
+    if only is None:
+        return torch.tensor(spread(count, data.samples)), data.batch_size
+    if count < only:
+        raise CheckpointError(
+            f"the file was exported for batches of {only}, and the dataset has {count} samples; give more, "
+            "or export the network with an open batch size"
+        )
+    rows = spread(count, None if data.samples is None else max(data.samples, only))
+    return torch.tensor(rows[: len(rows) // only * only]), only
 
 
 def inputs(
-    model: nn.Module, data: Data | None, shape: str | None, folder: Path, count: int = _SAMPLES
+    network: Network, data: Data | None, shape: str | None, folder: Path, count: int = _SAMPLES
 ) -> Any:
     """Return the batches of a dataset, or one of random numbers of a shape; None without either."""
     if data is not None:
-        return batches(model, data, folder)
-    return None if shape is None else random_batch(model, shape, count)
+        return batches(network, data, folder)
+    if shape is None:
+        return None
+    return random_batch(network.typed, shape, network.batch_size or count)
 
 
 def notes_on(data: Data | None, given: Batches | None) -> tuple[str, ...]:
@@ -111,8 +135,8 @@ class Samples(ABC):
 
 
 class _Arrays(Samples):
-    def __init__(self, model: nn.Module, data: Data, folder: Path) -> None:
-        self._path, self._dtype = folder / data.file, floating_type(model)
+    def __init__(self, network: Network, data: Data, folder: Path) -> None:
+        self._path, self._dtype = folder / data.file, floating_type(network.typed)
         found = _arrays(self._path)
         self._targets = None if data.targets is None else found[data.targets]
         self._given = _without_targets(self._path, found, data.targets)
@@ -139,8 +163,8 @@ class _Arrays(Samples):
 
 
 class _Images(Samples):
-    def __init__(self, model: nn.Module, data: Data, folder: Path) -> None:
-        self._path, self._folder, self._dtype = folder / data.file, folder, floating_type(model)
+    def __init__(self, network: Network, data: Data, folder: Path) -> None:
+        self._path, self._folder, self._dtype = folder / data.file, folder, floating_type(network.typed)
         self._archive = zipfile.ZipFile(self._path)
         found = images_in(self._archive, self._path)
         labels = {name: label for label, name in enumerate(sorted({name for _, name in found}))}
@@ -168,7 +192,7 @@ class _Images(Samples):
             Path(name).unlink()
 
 
-def samples(model: nn.Module, data: Data, folder: Path) -> Samples:
+def samples(network: Network, data: Data, folder: Path) -> Samples:
     """Return the samples of a dataset for a network.
 
     Raises:
@@ -176,7 +200,7 @@ def samples(model: nn.Module, data: Data, folder: Path) -> Samples:
 
     """
     kind = _Images if data.file.endswith(".zip") else _Arrays
-    return kind(model, data, folder)
+    return kind(network, data, folder)
 
 
 class Pairs(Sequence[tuple[Any, Tensor]]):

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from api.engine.data import Pairs, Samples, samples
+from api.engine.data import Pairs, Samples, samples, split
+from api.engine.networks import Network
 from api.tasks import Data
 from normsearch.errors import CheckpointError
 from normsearch.forward import call, evaluating
-from normsearch.inputs import spread
 from normsearch.searching import accuracy
 
 
@@ -31,16 +31,16 @@ class Scoring:
     notes: tuple[str, ...] = ()
 
 
-def scoring(model: nn.Module, asked: Data | None, folder: Path) -> Scoring:
-    """Return how networks like a model are scored on a dataset: by its labels, if it has any."""
+def scoring(network: Network, asked: Data | None, folder: Path) -> Scoring:
+    """Return how a network and what is made of it are scored on a dataset: by its labels, if it has any."""
     if asked is None or (asked.targets is None and not asked.file.endswith(".zip")):
         return Scoring()
-    found = samples(model, asked, folder)
+    found = samples(network, asked, folder)
     if found.count is None:
         return Scoring()
-    rows = torch.tensor(spread(found.count, asked.samples))
+    rows, size = split(network, found.count, asked)
     try:
-        classes = check_labels(model, found, rows, asked.batch_size)
+        classes = check_labels(network.runnable(), found, rows, size)
         folders = len(found.targets(rows).unique())
         if asked.targets is None and folders != classes:
             # Folders of images may stand for anything.
@@ -50,11 +50,11 @@ def scoring(model: nn.Module, asked: Data | None, folder: Path) -> Scoring:
     except CheckpointError as error:
         # A report without an accuracy is a report.
         return Scoring(notes=(f"no accuracy: {error}",))
-    pairs = Pairs(found, rows, asked.batch_size)
+    pairs = Pairs(found, rows, size)
 
-    def metric(network: nn.Module) -> float:
+    def metric(model: nn.Module) -> float:
         with torch.no_grad():
-            return accuracy(network, pairs)
+            return accuracy(model, pairs)
 
     return Scoring(metric)
 

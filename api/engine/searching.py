@@ -19,6 +19,7 @@ from torch import nn
 from api.engine import data
 from api.engine.converting import Writing
 from api.engine.labels import check_labels
+from api.engine.networks import Network
 from api.engine.sources import Report, following, original, title
 from api.messages import Progressed
 from api.search_tasks import (
@@ -38,7 +39,6 @@ from api.search_tasks import (
     Tried,
     Trying,
 )
-from normsearch.checkpoints import Checkpoint
 from normsearch.errors import CheckpointError, SearchError
 from normsearch.inputs import spread
 from normsearch.searching import (
@@ -116,7 +116,7 @@ def conclude(asked: Concluding, folder: Path, report: Report) -> Found:
     given = asked.search
     result = search.result(confirm=given.confirm, top=given.top, on_progress=following(report))
     written = Writing(folder, given.stem)
-    written.weights(result.model, before.architecture, result.best, "searched")
+    written.weights(before, result.model, result.best, "searched")
     written.report(result.report(score="accuracy", title=title(given.source, before)))
     return Found(
         files=written.files,
@@ -139,10 +139,8 @@ def conclude(asked: Concluding, folder: Path, report: Report) -> Found:
     )
 
 
-def _search(
-    asked: Searching, study: StudyOf | None, folder: Path, report: Report
-) -> tuple[Checkpoint, Search]:
-    """Return the checkpoint and the search, as it stood or from the beginning."""
+def _search(asked: Searching, study: StudyOf | None, folder: Path, report: Report) -> tuple[Network, Search]:
+    """Return the network and the search, as it stood or from the beginning."""
     before = original(asked.source, folder)
     limits = asked.constraints
     constraints: list[Constraint] = [BatchIndependent()] if limits.batch_independent else []
@@ -151,7 +149,7 @@ def _search(
     constraints += [] if limits.max_memory is None else [MaxMemory(limits.max_memory)]
     search = Search(
         before.model,
-        _task(before.model, asked, folder),
+        _task(before, asked, folder),
         methods=asked.methods or METHODS,
         sites=asked.sites,
         costs=asked.costs,
@@ -167,9 +165,9 @@ def _search(
     return before, search
 
 
-def _task(model: nn.Module, asked: Searching, folder: Path) -> Task:
+def _task(network: Network, asked: Searching, folder: Path) -> Task:
     """Return a dataset as a task: split, with the recipe, cross entropy and accuracy."""
-    found = data.samples(model, asked.data, folder)
+    found = data.samples(network, asked.data, folder)
     if found.count is None:
         raise CheckpointError("the dataset's arrays have different lengths; give one label for each sample")
     rows = torch.tensor(spread(found.count, asked.data.samples))
@@ -183,7 +181,7 @@ def _task(model: nn.Module, asked: Searching, folder: Path) -> Task:
             f"the dataset has {len(rows)} samples, of which {len(train)} train: less than a batch of {size}; "
             "give more samples, or a smaller batch_size"
         )
-    check_labels(model, found, rows, size)
+    check_labels(network.model, found, rows, size)
     recipe = asked.recipe.model_dump(exclude={"batch_size"})
     return Task(
         train=_loader(found, train, size),

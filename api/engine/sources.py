@@ -1,24 +1,24 @@
-"""What a child is given: a checkpoint in its network, plans as they were typed, words for a client."""
+"""What a child is given: a network's file, plans as they were typed, words for a client."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import normsearch
+from api.engine.networks import Network, read
 from api.messages import Progressed
 from api.tasks import Inspected, Site, Source
-from normsearch.admission import legacy, torch_zip
 from normsearch.architectures import Architecture
 from normsearch.arguments import read_to
-from normsearch.checkpoints import Checkpoint, load
 from normsearch.commands.wording import in_options
 from normsearch.errors import ArchitectureError, CheckpointError
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Progress
+from normsearch.sites import NormSite
 
 #: Told how far the work has come.
 Report = Callable[[Progressed], None]
@@ -47,8 +47,8 @@ def following(report: Report) -> OnProgress:
     return follow
 
 
-def loaded(source: Source, folder: Path) -> Checkpoint:
-    """Return a checkpoint in its network."""
+def loaded(source: Source, folder: Path) -> Network:
+    """Return the network in a file, of whichever kind its name says."""
     architecture = None
     if source.architecture is not None:
         architecture = Architecture(source.architecture, source.arguments)
@@ -59,17 +59,11 @@ def loaded(source: Source, folder: Path) -> Checkpoint:
             )
     elif source.arguments:
         raise ArchitectureError("arguments belong to an architecture; give both")
-    found = load(folder / source.file, architecture, entry=source.entry, allow_factories=source.configured)
-    if found.architecture is None:
-        raise CheckpointError(
-            f"{source.file} is an exported program, which the command line converts: normsearch convert "
-            f"{source.file} --to METHOD -o converted.pt2"
-        )
-    return found
+    return read(folder / source.file, architecture, source.entry, configured=source.configured)
 
 
-def original(source: Source, folder: Path) -> Checkpoint:
-    """Return a checkpoint that was not converted yet.
+def original(source: Source, folder: Path) -> Network:
+    """Return a network that was not converted yet.
 
     Raises:
         CheckpointError: it was.
@@ -77,47 +71,61 @@ def original(source: Source, folder: Path) -> Checkpoint:
     """
     found = loaded(source, folder)
     if found.plan is not None and found.plan.changes:
-        raise CheckpointError(
-            f"{source.file} is converted already; give the checkpoint that it was made from"
-        )
+        raise CheckpointError(f"{source.file} is converted already; give the file that it was made from")
     return found
 
 
-def converted(file: str, before: Checkpoint, source: Source, folder: Path) -> tuple[Any, Plan]:
-    """Return what the service made of a checkpoint, and the plan.
+def converted(
+    file: str, plan: str | None, before: Network, source: Source, folder: Path
+) -> tuple[Any, Plan | None]:
+    """Return what the service made of a network, and the plan; None where neither file says it.
 
     Raises:
-        CheckpointError: it does not say how it was converted.
+        CheckpointError: a file that says its plan does not.
 
     """
-    found = load(folder / file, before.architecture, allow_factories=source.configured)
-    if found.plan is None:
+    given = None if plan is None else folder / plan
+    model, found = before.made(folder / file, given, configured=source.configured)
+    if found is None and before.kind != "onnx":
         raise CheckpointError(f"{file} does not say how it was converted; give weights that were made here")
-    return found.model, found.plan
+    return model, found
 
 
-def title(source: Source, found: Checkpoint) -> str:
+def title(source: Source, found: Network) -> str:
     """Return what a report is about, in the client's words: factories are known by the operator's names."""
+    if found.architecture is None:
+        return source.file
     return str(found.architecture) if source.known_as is None or not source.configured else source.known_as
 
 
-def inspected(found: Checkpoint, source: Source, folder: Path) -> Inspected:
-    """Return what is known of a checkpoint."""
-    head = (folder / source.file).open("rb").read(64)
-    kinds = ((torch_zip.MAGIC, "torch zip"), (legacy.MAGIC, "torch legacy"))
-    sites = [asdict(site) for site in normsearch.find_sites(found.model)]
-    assert found.architecture is not None
+def inspected(found: Network) -> Inspected:
+    """Return what is known of a network."""
+    architecture = found.architecture
     return Inspected.model_validate(
         {
-            "format": next((kind for magic, kind in kinds if head.startswith(magic)), "safetensors"),
-            "architecture": found.architecture.name,
-            "arguments": found.architecture.arguments,
-            "parameters": sum(parameter.numel() for parameter in found.model.parameters()),
+            "format": found.kind,
+            "architecture": None if architecture is None else architecture.name,
+            "arguments": {} if architecture is None else architecture.arguments,
+            "parameters": found.parameters,
             "converted": found.plan is not None and bool(found.plan.changes),
             "notes": found.notes,
-            "sites": [Site.model_validate(site) for site in sites],
+            "inputs": found.inputs,
+            "sites": [told(site) for site in found.library.find_sites(found.model)],
         }
     )
+
+
+def told(site: NormSite) -> Site:
+    """Return a site as data.
+
+    Raises:
+        CheckpointError: its numbers are none.
+
+    """
+    for name, value in (("eps", site.eps), ("momentum", site.momentum or 0.0)):
+        if not math.isfinite(value):
+            raise CheckpointError(f"{site.path} has {name} {value}, which is no number; export it again")
+    return Site.model_validate(asdict(site))
 
 
 def wanted(given: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The common case in one call: a checkpoint in, the rewritten one out."""
+"""The common case in one call: a network in, the rewritten one out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from api.schemas import ConvertForm
 
 router = APIRouter(prefix="/v1/convert", tags=["conversions"])
 _WEIGHTS: dict[str, Any] = {
-    "description": "The rewritten weights as safetensors; `Link` has the script, the plan and the report",
+    "description": "The rewritten weights as safetensors, or another exported program or ONNX file where one "
+    "was given; `Link` has the script, the plan and the report",
     "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     "headers": {
         **CREATED["headers"],
@@ -51,7 +52,7 @@ _FORM = {"schema": _FIELDS}
 
 @router.post(
     "",
-    summary="Convert a checkpoint",
+    summary="Convert a file",
     response_class=Response,
     responses={200: _WEIGHTS, 202: _LATER, **documented(408, 409, 413, 415, 422, 507)},
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": _FORM}}},
@@ -59,9 +60,11 @@ _FORM = {"schema": _FIELDS}
 async def post(
     request: Request, service: Service, asking: Asking, idempotency_key: IdempotencyKey = None
 ) -> Response:
-    """Replace the BatchNorm layers of a checkpoint and answer with the rewritten one.
+    """Replace the BatchNorm layers of a network and answer with the rewritten one.
 
     `curl -F file=@resnet50.pth -F architecture=torchvision/resnet50 -F to=group http://…/v1/convert -OJ`
+
+    `curl -F file=@model.onnx -F to=group http://…/v1/convert -OJ`
 
     It is a job like others: where it takes longer than a minute, the answer is 202 and `Location` is the job.
     """

@@ -32,7 +32,11 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 async def post(
     body: ModelRequest, service: Service, asking: Asking, idempotency_key: IdempotencyKey = None
 ) -> Response:
-    """Open a checkpoint in a child process, compare it with its architecture, list where it normalizes."""
+    """Open a file in a child process, compare it with its architecture, list where it normalizes.
+
+    Exported programs (`.pt2`) and ONNX files (`.onnx`) say themselves what their network is: they are given
+    without an architecture.
+    """
     asked = body.model_dump(include={"architecture", "arguments", "entry"})
 
     def prepare() -> Commit:

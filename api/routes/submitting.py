@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from api import jobs
 from api.answering import CREATED, answered
+from api.conversions import format_of
 from api.database import ARTIFACTS, DATASETS, MODELS, UPLOADS
 from api.idempotency import IdempotencyKey, Outcome, at_once, fingerprint
 from api.job_schemas import CalibrationRequest, ConversionRequest, Job, SearchRequest, SensitivityRequest
@@ -21,6 +22,19 @@ from api.parts import Asking, Parts, Service
 from api.problems import ProblemError, documented
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
+#: What cannot be asked of a model, by its format, and the way out.
+_REFUSED: dict[tuple[jobs.Kind, str], str] = {
+    (
+        "sensitivity",
+        "onnx",
+    ): "sensitivity is measured with torch, and this is an ONNX file; convert it with one "
+    "method at a time and a dataset, and compare the reports",
+    ("search", "onnx"): "a search trains, and an ONNX file is for inference; search on a checkpoint of the "
+    "network, and convert the file with the plan",
+    ("search", "exported program"): "a search trains, and an exported program stays in the mode that it was "
+    "exported in; search on a checkpoint of the network, whose sites have the same paths, and convert the "
+    "program with the plan",
+}
 #: What a job is called, and the ids of what it reads.
 _Reads = Callable[[sa.Connection], dict[str, Any]]
 _ACCEPTED: dict[int | str, dict[str, Any]] = {
@@ -47,9 +61,17 @@ async def submitted(
 
 
 def _model(
-    connection: sa.Connection, asking: Owner, model: str, dataset: str | None, **others: Any
+    connection: sa.Connection,
+    asking: Owner,
+    kind: jobs.Kind,
+    model: str,
+    dataset: str | None,
+    **others: Any,
 ) -> dict[str, Any]:
     row = fetch(connection, MODELS, asking, model)
+    refused = _REFUSED.get((kind, format_of(row)))
+    if refused is not None:
+        raise ProblemError(422, "refused", f"{row.name}: {refused}")
     if dataset is not None:
         fetch(connection, DATASETS, asking, dataset)
     upload = fetch(connection, UPLOADS, asking, row.upload)
@@ -62,14 +84,17 @@ def _model(
 async def convert(
     body: ConversionRequest, service: Service, asking: Asking, idempotency_key: IdempotencyKey = None
 ) -> Response:
-    """Replace the BatchNorm layers of a model; makes weights, script, plan and report."""
+    """Replace the BatchNorm layers of a model; makes weights, script, plan and report.
+
+    An exported program becomes another one, and an ONNX file another one, without a script.
+    """
     return await submitted(
         service,
         asking,
         idempotency_key,
         "conversion",
         body,
-        lambda connection: _model(connection, asking, body.model, body.dataset),
+        lambda connection: _model(connection, asking, "conversion", body.model, body.dataset),
     )
 
 
@@ -91,7 +116,15 @@ async def calibrate(
             raise ProblemError(
                 422, "refused", f"{body.weights} is a {weights.role}; give the weights of a conversion"
             )
-        return _model(connection, asking, weights.model, body.dataset, artifact=weights.id)
+        model = fetch(connection, MODELS, asking, weights.model)
+        if format_of(model) == "onnx" and body.parameters == "affine":
+            raise ProblemError(
+                422,
+                "refused",
+                f"{weights.name} is an ONNX file, whose calibration may change the nodes before its sites "
+                "too; leave parameters out",
+            )
+        return _model(connection, asking, "calibration", weights.model, body.dataset, artifact=weights.id)
 
     return await submitted(service, asking, idempotency_key, "calibration", body, reads)
 
@@ -109,7 +142,7 @@ async def sense(
         idempotency_key,
         "sensitivity",
         body,
-        lambda connection: _model(connection, asking, body.model, body.dataset),
+        lambda connection: _model(connection, asking, "sensitivity", body.model, body.dataset),
     )
 
 
@@ -131,5 +164,5 @@ async def search(
         idempotency_key,
         "search",
         body,
-        lambda connection: _model(connection, asking, body.model, body.dataset),
+        lambda connection: _model(connection, asking, "search", body.model, body.dataset),
     )

@@ -11,11 +11,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page
+from safetensors.torch import load_file
 
+import normsearch
+from api.engine import digits
 from benchmarks.page import deep
 
 SIZES = {1280: 900, 390: 844}
 SCHEMES = ("light", "dark")
+EXAMPLE = Path(__file__).parents[2] / "api" / "page" / "example"
 _PATIENCE = 900_000
 _KEY = "normsearch.key"
 _RUNNING = 20_000
@@ -51,7 +55,9 @@ class Tour:
         self._picture("architecture", "", self._search)
         self._picture("uploading", "", self._uploading)
         self._picture("upload-refused", "", self._refused)
+        self._picture("upload-program", "", self._program)
         with self._tab(1280, "light") as page:
+            program = self._read_program(page)
             model, jobs = self._example(page)
             large = self._large(page)
         chosen = _settled("#sites .body .m", "#sites-scroll[aria-busy=false]")
@@ -61,6 +67,7 @@ class Tour:
         self._picture(
             "model-search", model, _then(chosen, lambda page: page.click("#run-searches"), _to("#h-run"))
         )
+        self._picture("model-program", program, _then(chosen, _to("#h-plan")))
         self._picture("site", model, _then(chosen, lambda page: page.locator("button.gets").last.click()))
         self._picture("plan-refused", model, _then(chosen, _choose_refused))
         self._picture("model-500", large, chosen)
@@ -141,6 +148,23 @@ class Tour:
         page.click("#upload-button")
         page.wait_for_selector("#upload-error:not([hidden])")
         page.locator("#upload-error").scroll_into_view_if_needed()
+
+    def _program(self, page: Page) -> None:
+        network = digits.network().eval()
+        network.load_state_dict(load_file(EXAMPLE / "digits.safetensors"))
+        normsearch.export(network, self._work / "digits.pt2", torch.randn(4, 1, 8, 8), force=True)
+        page.set_input_files("#file", self._work / "digits.pt2")
+        page.wait_for_selector("#complete:not([hidden])")
+
+    def _read_program(self, page: Page) -> str:
+        self._program(page)
+        page.click("#upload-button")
+        page.wait_for_selector("#sites .body .m")
+        page.select_option("#all", "group")
+        address = _address(page)
+        page.goto(f"{self._base}/#/")
+        page.wait_for_selector("#view-start:not([hidden])")
+        return address
 
     def _file(self, name: str, content: bytes) -> Path:
         path = self._work / name

@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import typer
-from torch import nn
 
 import normsearch
 from normsearch.arguments import read_plan, read_to
@@ -91,19 +90,9 @@ def inputs_for(
     samples: int | None = None,
 ) -> Batches | None:
     """Return the inputs that the options ask for, of the type of the model's own."""
-    return given_inputs(_typed(model), shape, batch_size, inputs, images, samples)
+    from normsearch.onnx_graph.running import stand_in
 
-
-def _typed(model: ir.Model) -> nn.Module:
-    """Return a stand-in with a parameter of the type that the graph's inputs have."""
-    import torch
-
-    kinds = {"DOUBLE": torch.float64, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
-    names = [value.dtype.name for value in model.graph.inputs if value.dtype is not None]
-    dtype = next((kinds[name] for name in names if name in kinds), torch.float32)
-    stand_in = nn.Module()
-    stand_in.register_parameter("typed", nn.Parameter(torch.empty(0, dtype=dtype)))
-    return stand_in
+    return given_inputs(stand_in(model), shape, batch_size, inputs, images, samples)
 
 
 def sites(model: ir.Model, inputs: Batches | None) -> tuple[normsearch.NormSite, ...]:

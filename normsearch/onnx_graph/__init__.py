@@ -5,12 +5,14 @@ from normsearch.onnx_graph.conversion import convert
 from normsearch.onnx_graph.files import load, save
 from normsearch.onnx_graph.measuring import compare
 from normsearch.onnx_graph.planning import explain, find_sites, plan
+from normsearch.onnx_graph.reporting import document
 
 __all__ = [
     "calibrate",
     "calibration_record",
     "compare",
     "convert",
+    "document",
     "explain",
     "find_sites",
     "load",

@@ -64,7 +64,7 @@ def explain(model: Source, to: To, *, inputs: Any = None, where: Where | None = 
     sites = [place.site for place in places(opened_model, inputs)]
     rows = decided(sites, to, where, name_of(opened_model))
     rows = tuple(
-        row if row.method is None else replace(row, notes=_notes(row.notes, row.method)) for row in rows
+        row if row.method is None else replace(row, notes=notes_on(row.method, row.notes)) for row in rows
     )
     return Explanation(rows)
 
@@ -113,7 +113,8 @@ def name_of(model: ir.Model) -> str:
     return f"the ONNX graph {model.graph.name or ''!r}"
 
 
-def _notes(notes: tuple[str, ...], method: Method) -> tuple[str, ...]:
+def notes_on(method: Method, notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what a user should know of a method at a site, whose notes for a network of torch are given."""
     found = tuple(note.replace(*_NOT_CHECKED) for note in notes)
     if method.name in _TRAINING_ONLY:
         return (*found, "differs from BatchNorm in training alone: a scale and a shift per channel are left")

@@ -71,6 +71,16 @@ class Runtime(nn.Module):
         }
 
 
+def stand_in(model: ir.Model) -> nn.Module:
+    """Return a module with one parameter, without numbers, of the type that a model's inputs have."""
+    kinds = {"DOUBLE": torch.float64, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
+    names = [value.dtype.name for value in model.graph.inputs if value.dtype is not None]
+    made = nn.Module()
+    dtype = next((kinds[name] for name in names if name in kinds), torch.float32)
+    made.register_parameter("typed", nn.Parameter(torch.empty(0, dtype=dtype)))
+    return made
+
+
 def _cut(graph: onnx.GraphProto, outputs: Sequence[str], inputs: Mapping[str, ir.DataType]) -> None:
     """Leave what leads from ``inputs``, or the graph's own, to ``outputs``."""
     makers = {name: node for node in graph.node for name in node.output if name}

@@ -96,7 +96,8 @@ def document(
         if batches is None
         else _measure(original, models, plan, batches, (outputs, logits, crop), on_progress)
     )
-    made: list[sections.Section | None] = [parts.summary(original, final, plan, found)]
+    counts = (_parameters(original), _parameters(final))
+    made: list[sections.Section | None] = [parts.summary(plan, counts, found)]
     if metric is not None:
         scores = [_score(model, metric) for model in (original, *models)]
         made.append(
@@ -165,12 +166,12 @@ def _measure(
         counted.batches,
         [parts.moved(report) for report in reports],
         drifts,
-        sections.Cost(before=profiles[0], after=profiles[1]),
         sections.Dependence(
             before=parts.known(last.batch_dependence.before),
             after=parts.known(last.batch_dependence.after),
             crop=None if crops is None else (parts.finite(crops.before), parts.finite(crops.after)),
         ),
+        sections.Cost(before=profiles[0], after=profiles[1]),
     )
 
 
@@ -194,3 +195,7 @@ class _Counted:
 def _score(model: nn.Module, metric: Metric) -> float | None:
     with evaluating(model):
         return parts.finite(float(metric(model)))
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from normsearch.calibration import Calibration
 from normsearch.dependence import BatchDependence
 from normsearch.methods import Refusal, parse_method
@@ -26,19 +24,19 @@ class Found:
     batches: int
     moved: list[sections.Moved]
     drifts: list[dict[str, SiteDrift]]
-    cost: sections.Cost
     dependence: sections.Dependence
+    cost: sections.Cost | None = None
 
 
-def summary(original: nn.Module, final: nn.Module, plan: Plan, found: Found | None) -> sections.Summary:
-    """Return what was changed, and what came of it."""
+def summary(plan: Plan, parameters: tuple[int, int], found: Found | None) -> sections.Summary:
+    """Return what was changed, and what came of it; ``parameters`` counts them before and after."""
     return sections.Summary(
         sites=len(plan),
         changed=len(plan.changes),
         methods=dict(Counter(str(method) for method in plan.values()).most_common()),
         exact=plan.exact,
         batch_independent=plan.batch_independent,
-        parameters=(_parameters(original), _parameters(final)),
+        parameters=parameters,
         batches=None if found is None else found.batches,
         converted=None if found is None else found.moved[0],
         calibrated=None if found is None or len(found.moved) == 1 else found.moved[1],
@@ -155,7 +153,3 @@ def known(measured: BatchDependence) -> BatchDependence:
 def finite(value: float | None) -> float | None:
     """Return a number, or None for what is none."""
     return None if value is None or not math.isfinite(value) else value
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -137,7 +137,7 @@ export function tabs(list, onSelect) {
   list.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
-    const found = all();
+    const found = all().filter((tab) => !tab.hidden);
     const place = found.findIndex((tab) => tab.getAttribute("aria-selected") === "true");
     select(found[(place + step + found.length) % found.length], true);
     event.preventDefault();

@@ -2,6 +2,7 @@
 
 import { onceKey, post, upload } from "./api.js";
 import { announce, byId, count, h, show, shown, tell } from "./dom.js";
+import { sampleShape } from "./formats.js";
 import { remember } from "./session.js";
 
 const SHAPE = /^[1-9][0-9]{0,6}(x[1-9][0-9]{0,6}){0,4}$/;
@@ -63,7 +64,7 @@ export function inputsPart(onChange) {
     start(shownModel, known, kept) {
       model = shownModel;
       data = known;
-      const usual = DEFAULT[model.architecture.split("/")[0]];
+      const usual = model.architecture ? DEFAULT[model.architecture.split("/")[0]] : sampleShape(model);
       fill(kept.inputs ?? (usual && !model.converted ? "random" : "none"));
       shape.value = kept.shape ?? usual ?? "";
       show(byId("shape-field"), isShape());
@@ -77,14 +78,14 @@ export function inputsPart(onChange) {
     /** Return the shape of one sample, as far as it is known: what tells the same elsewhere. */
     shape() {
       if (isShape()) return SHAPE.test(shape.value) ? shape.value : undefined;
-      return sampleShape(data.find((one) => one.id === select.value));
+      return shapeIn(data.find((one) => one.id === select.value));
     },
     data: () => data,
     fail: (problem) => tell(error, problem),
   };
 }
 
-function sampleShape(found) {
+function shapeIn(found) {
   if (found?.kind === "images") return `${found.preparation.mean.length}x${found.preparation.size}x${found.preparation.size}`;
   const [only, ...more] = (found?.arrays ?? []).filter((array) => array.name !== found.targets);
   return only && !more.length && only.shape.length > 1 ? only.shape.slice(1).join("x") : undefined;

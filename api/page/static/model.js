@@ -3,6 +3,7 @@
 import { all, get, post } from "./api.js";
 import { decided, empty, groups, matches, spellings, to, KEEP } from "./choice.js";
 import { byId, count, h, settled, show, shown, tell } from "./dom.js";
+import { kind } from "./formats.js";
 import { inputsPart } from "./inputs.js";
 import { watchJobs } from "./joblist.js";
 import { methodField } from "./methodfield.js";
@@ -162,7 +163,7 @@ export function modelView() {
     tell(byId("choose-error"), null);
     byId("plan-notes").replaceChildren();
     table.build(sites, [], new Map());
-    run.build();
+    run.start(model);
     draw();
     if (!model.converted) survey();
     watchJobs({ rows: byId("model-jobs"), empty: byId("model-jobs-empty"), frame: byId("model-jobs-scroll") }, (job) => job.model === identifier, signal);
@@ -201,10 +202,10 @@ function header(model) {
   byId("h-model").replaceChildren(h("bdi", {}, shown(model.filename)));
   const options = Object.entries(model.arguments).map(([name, value]) => `${name}=${value}`).join(" ");
   const facts = [
-    ["Architecture", shown(model.architecture + (options ? ` (${options})` : ""))],
+    ...(model.architecture ? [["Architecture", shown(model.architecture + (options ? ` (${options})` : ""))]] : []),
     ["Sites", count(model.sites)],
     ["Parameters", count(model.parameters)],
-    ["Format", shown(model.format + (model.entry ? `, entry ${model.entry}` : ""))],
+    ["Format", shown((model.architecture ? model.format : kind(model)) + (model.entry ? `, entry ${model.entry}` : ""))],
   ];
   byId("model-facts").replaceChildren(...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
   byId("model-notes").replaceChildren(...model.notes.map((note) => h("li", {}, shown(note))));

@@ -18,7 +18,10 @@ export function nextPart() {
 }
 
 function form(job, weights, data) {
-  const about = h("p", {}, "Calibration brings the function back with a few unlabelled inputs: whitening, least squares, then distillation.");
+  const trains = !weights.filename.endsWith(".onnx");
+  const about = h("p", {}, trains
+    ? "Calibration brings the function back with a few unlabelled inputs: whitening, least squares, then distillation."
+    : "Calibration brings the function closer with a few unlabelled inputs: whitening and least squares, site after site.");
   if (!data.length) {
     return h("div", {}, about, h("p", {}, "It needs a data set: add one to ", h("a", { href: `#/models/${job.model}` }, "the model"), ", then come back."));
   }
@@ -28,7 +31,7 @@ function form(job, weights, data) {
   const button = h("button", { class: "primary" }, "Calibrate");
   const made = h("form", { novalidate: true }, about,
     h("div", { class: "fields" }, field("Inputs", which), field("Samples", number("samples", 256, 1, 1_000_000)),
-      field("Optimisation steps", number("budget", 200, 0, 20_000), "at most"), field("May change", what)),
+      ...(trains ? [field("Optimisation steps", number("budget", 200, 0, 20_000), "at most"), field("May change", what)] : [])),
     error, h("div", { class: "actions" }, button));
   let [once, sent] = ["", ""];
   made.addEventListener("submit", async (event) => {
@@ -38,8 +41,8 @@ function form(job, weights, data) {
     try {
       const given = new FormData(made);
       const body = {
-        weights: weights.id, dataset: given.get("dataset"), parameters: given.get("parameters"),
-        budget: whole(given, "budget"), samples: whole(given, "samples"),
+        weights: weights.id, dataset: given.get("dataset"), samples: whole(given, "samples"),
+        ...(trains ? { parameters: given.get("parameters"), budget: whole(given, "budget") } : {}),
       };
       if (JSON.stringify(body) !== sent) [sent, once] = [JSON.stringify(body), onceKey()];
       const started = await post("/v1/calibrations", body, { once });

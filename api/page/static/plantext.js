@@ -2,6 +2,7 @@
 
 import { byId, copying, tabs } from "./dom.js";
 import { KEEP } from "./choice.js";
+import { suffix } from "./formats.js";
 
 export const python = (value) => JSON.stringify(value)
   .replace(/[\u007f-\uffff]/g, (one) => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`);
@@ -27,6 +28,7 @@ function argumentsOf(model) {
 }
 
 export function asPython(model, to, { shape }) {
+  if (!model.architecture) return ofFile(model, to, shape);
   const name = registered(model) ? `${python(model.architecture)}${argumentsOf(model)}` : '"yourpackage.networks:Net"';
   // Some methods are refused for what the shapes are.
   const inputs = shape ? `, inputs=torch.randn(2, ${shape.split("x").join(", ")})` : "";
@@ -43,6 +45,23 @@ export function asPython(model, to, { shape }) {
   ].join("\n");
 }
 
+/** Return Python for a file that says itself what its network is. */
+function ofFile(model, to, shape) {
+  const isOnnx = suffix(model) === ".onnx";
+  const library = isOnnx ? "onnx_graph" : "normsearch";
+  // A file knows its own shapes, unless it leaves them open.
+  const inputs = shape ? `, inputs=torch.randn(${[model.inputs?.[0]?.shape?.[0] ?? 2, ...shape.split("x")].join(", ")})` : "";
+  return [
+    isOnnx ? "from normsearch import onnx_graph" : "import normsearch",
+    ...(inputs ? ["import torch"] : []),
+    "",
+    isOnnx ? `network = onnx_graph.load(${python(model.filename)})` : `network = normsearch.load(${python(model.filename)}).model`,
+    `plan = ${library}.plan(network, ${pythonMapping(to)}${inputs})`,
+    `converted = ${library}.convert(network, plan)`,
+    `${library}.save(converted, "converted${suffix(model)}")`,
+  ].join("\n");
+}
+
 /** Return the words after --to: patterns with their methods, or methods in order of preference. */
 function words(to) {
   if (typeof to === "string") return [to];
@@ -52,12 +71,15 @@ function words(to) {
 
 export function asCommand(model, to, { shape }) {
   const parts = [`normsearch convert ${quoted(model.filename)}`];
-  parts.push(`--architecture ${quoted(registered(model) ? model.architecture : "yourpackage.networks:Net")}`);
+  if (model.architecture) parts.push(`--architecture ${quoted(registered(model) ? model.architecture : "yourpackage.networks:Net")}`);
   for (const [name, value] of Object.entries(model.arguments)) parts.push(`--arguments ${quoted(`${name}=${value}`)}`);
   if (model.entry) parts.push(`--entry ${quoted(model.entry)}`);
   for (const word of words(to)) parts.push(`--to ${quoted(word)}`);
   if (shape) parts.push(`--input-shape ${shape} --report report.json`);
-  parts.push("-o converted.safetensors");
+  // The command line's own batch size may not be the file's.
+  const only = model.inputs?.[0]?.shape?.[0];
+  if (shape && only) parts.push(`--batch-size ${only}`);
+  parts.push(`-o converted${suffix(model)}`);
   return parts.join(" \\\n    ");
 }
 

@@ -188,11 +188,14 @@ function confirmed(result) {
   return framed("Plans that were run again", ["plan", "in the search*", "on held-out data*", "over the best uniform*", ""], rows);
 }
 
+/** Return what a file is; a program and an ONNX file hold more than weights. */
+const roleOf = ({ role, filename }) => (role === "weights" && /\.(pt2|onnx)$/.test(filename) ? "the rewritten network" : ROLES[role] ?? role);
+
 function fileRow(one) {
   const path = `/v1/artifacts/${one.id}`;
   return h("tr", {},
     h("th", { scope: "row" }, h("a", { href: path, download: one.filename, "data-fetch": Boolean(key()) }, h("bdi", {}, shown(one.filename)))),
-    h("td", {}, ROLES[one.role] ?? one.role),
+    h("td", {}, roleOf(one)),
     h("td", { class: "n" }, bytes(one.bytes)),
     h("td", {}, h("code", { class: "digest" }, one.sha256)));
 }
@@ -216,9 +219,16 @@ function loading(artifacts) {
   const script = artifacts.find((one) => one.role === "script");
   show(byId("code-part"), Boolean(weights));
   if (!weights) return;
-  const lines = script
+  byId("load-code").textContent = loader(weights, script).join("\n");
+}
+
+/** Return the lines of Python that load what was made. */
+function loader(weights, script) {
+  const name = python(weights.filename);
+  if (weights.filename.endsWith(".pt2")) return ["import torch", "", `model = torch.export.load(${name}).module()`];
+  if (weights.filename.endsWith(".onnx")) return ["import onnxruntime", "", `session = onnxruntime.InferenceSession(${name})`];
+  return script
     ? ["# the files beside each other; normsearch is not needed", `from ${script.filename.replace(/\.py$/, "")} import load`, "", "model = load()"]
-    : ["import normsearch", "", `model = normsearch.load(${python(weights.filename)}).model`];
-  byId("load-code").textContent = lines.join("\n");
+    : ["import normsearch", "", `model = normsearch.load(${name}).model`];
 }
 

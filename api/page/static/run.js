@@ -2,7 +2,8 @@
 
 import { onceKey, post } from "./api.js";
 import { KEEP, to } from "./choice.js";
-import { byId, h, tabs, tell } from "./dom.js";
+import { byId, h, show, tabs, tell } from "./dom.js";
+import { jobsOf } from "./formats.js";
 
 const KINDS = { conversions: "Convert", sensitivities: "Measure sensitivity", searches: "Search" };
 
@@ -16,6 +17,15 @@ export function runPart(state) {
   });
   list.replaceChildren(...Object.entries(KINDS).map(([name, title], number) =>
     h("button", { role: "tab", type: "button", id: `run-${name}`, "aria-controls": "run-panel", "aria-selected": String(!number), tabindex: number ? -1 : 0, "data-kind": name }, title)));
+  /** Offer what can be run on a model, and say why the rest cannot. */
+  const start = (model) => {
+    const { kinds, why } = jobsOf(model);
+    for (const name of Object.keys(KINDS)) show(byId(`run-${name}`), kinds.includes(name));
+    byId("run-help").textContent = why;
+    show(byId("run-help"), Boolean(why));
+    if (kinds.includes(kind)) build();
+    else select("conversions");
+  };
   bar.addEventListener("click", () => {
     select("conversions");
     panel.querySelector("form").requestSubmit();
@@ -51,7 +61,7 @@ export function runPart(state) {
     draw = () => made.draw?.(button);
   }
   let draw = () => {};
-  return { build, draw: () => draw() };
+  return { start, draw: () => draw() };
 }
 
 export const field = (label, input, help) => {

@@ -3,6 +3,7 @@
 import { get, onceKey, post, upload } from "./api.js";
 import { combobox } from "./combobox.js";
 import { announce, byId, bytes, count, duration, h, show, shown, tell, when } from "./dom.js";
+import { complete, kind } from "./formats.js";
 import { watchJobs } from "./joblist.js";
 import { remember } from "./session.js";
 
@@ -83,7 +84,8 @@ function uploading() {
     tell(error, given.size > Number(uploadBytes)
       ? new Error(`${shown(given.name)} has ${bytes(given.size)}; this service takes ${bytes(Number(uploadBytes))} at most`)
       : null);
-    await guess(given.name);
+    needs(given.name);
+    if (!complete(given.name)) await guess(given.name);
   };
   file.addEventListener("change", () => choose(file.files[0]));
   for (const name of ["dragenter", "dragover"]) {
@@ -116,7 +118,7 @@ function uploading() {
       return file.focus();
     }
     try {
-      const asked = {
+      const asked = complete(chosen.name) ? {} : {
         architecture: byId("architecture").value.trim() || null,
         arguments: argumentsOf(byId("arguments").value),
         entry: byId("entry").value.trim() || null,
@@ -152,8 +154,17 @@ function uploading() {
       drop.classList.remove("filled");
       byId("file-name").textContent = "Choose a file";
       byId("file-note").textContent = "or drop it here";
+      needs("");
     },
   };
+}
+
+/** Ask for an architecture where a file needs one. */
+function needs(filename) {
+  const what = complete(filename);
+  for (const part of ["architecture-part", "arguments-part"]) show(byId(part), !what);
+  show(byId("complete"), Boolean(what));
+  byId("complete").textContent = what ? `${what} says itself what its network is: it needs no architecture.` : "";
 }
 
 /** Fill in the architecture that a file is named after, such as resnet50-0676ba61.pth. */
@@ -233,7 +244,7 @@ async function fillModels(signal) {
 function row(model) {
   return h("tr", {},
     h("th", { scope: "row" }, h("a", { href: `#/models/${model.id}` }, h("bdi", {}, shown(model.filename)))),
-    h("td", {}, shown(model.architecture)),
+    h("td", {}, shown(kind(model))),
     h("td", { class: "n" }, count(model.sites)),
     h("td", { class: "n" }, count(model.parameters)),
     h("td", {}, when(model.created)));
