@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import ProblemError, as_problem
@@ -148,6 +149,9 @@ class Observing:
         self._metrics.active.inc()
         try:
             await self._app(scope, limited, headed)
+        except ClientDisconnect:
+            # Nobody is there to be answered: a request that its client gave up is no fault of the service.
+            status = status or _CLOSED
         except Exception as error:
             problem = as_problem(error)
             if problem.status == 500:
@@ -178,4 +182,6 @@ class Observing:
         LOG.info("request", extra={"fields": fields})
 
 
+#: What logs and metrics call requests that their clients gave up, as nginx does.
+_CLOSED = 499
 _METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"}

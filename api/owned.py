@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -49,7 +50,7 @@ def page(
     """Return a page of things, the newest first, and where the next one starts; None at the end."""
     statement = sa.select(table).where(table.c.owner == owner.id).order_by(table.c.id.desc()).limit(limit + 1)
     if cursor is not None:
-        if "\0" in cursor:
+        if not re.fullmatch(_PREFIXES[table] + "_[0-9a-f]{32}", cursor):
             raise ProblemError(422, "invalid-request", "cursor: give `next` of the page before")
         statement = statement.where(table.c.id < cursor)
     rows = connection.execute(statement).all()

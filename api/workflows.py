@@ -18,6 +18,7 @@ _EXPECTED = (
     error.DBOSWorkflowCancelledError,
     error.DBOSAwaitedWorkflowCancelledError,
     error.DBOSWorkflowConflictIDError,
+    error.DBOSNonExistentWorkflowError,
 )
 
 
@@ -56,6 +57,6 @@ def quiet() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Leave out that a job which was cancelled, or is another worker's by now, was not recorded as done."""
+    """Leave out that a job which was cancelled, deleted, or is another worker's by now, was not recorded."""
     cause = record.exc_info[1] if record.exc_info else None
     return not isinstance(cause, _EXPECTED) and "no longer owned" not in record.getMessage()

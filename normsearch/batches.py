@@ -56,7 +56,7 @@ class Batches:
         if self.count < 2:
             raise ModelError(
                 f"batches holds {self.count} of them, and calibration needs two at least, one to fit and one "
-                "to hold out; split the inputs, for example inputs.split(32)"
+                "to hold out; give more inputs, or smaller batches"
             )
 
     @property

@@ -9,6 +9,8 @@ from types import FunctionType
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from normsearch.errors import ModelError
 from normsearch.sites import NormSite
@@ -31,14 +33,43 @@ def refused_wrappers(model: nn.Module) -> None:
 
 
 def model_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...]:
-    """Name the methods of the model's classes that read what a conversion replaces.
+    """Name layers that a conversion cannot reach, and methods that read what it replaces.
 
     RepVGG, RepViT, LeViT, FastViT and their like fuse BatchNorm into convolutions in such methods, which
     fail afterwards; a forward that reads a site's γ or β gets other numbers, or fails.
     """
+    hidden = _hidden_notes(model)
     if not changed:
-        return ()
-    return (*_statistics_notes(model, changed), *_affine_notes(model, changed))
+        return hidden
+    return (*hidden, *_statistics_notes(model, changed), *_affine_notes(model, changed))
+
+
+def _hidden_notes(model: nn.Module) -> tuple[str, ...]:
+    """Name BatchNorm layers in plain lists and the like, which are no submodules."""
+    known = {id(module) for module in model.modules()}
+    notes = []
+    for path, owner in model.named_modules():
+        for name, value in vars(owner).items():
+            if name in _REGISTRIES:
+                continue
+            hidden = {
+                id(layer): layer
+                for held in tree_leaves(value)
+                if isinstance(held, nn.Module)
+                for layer in held.modules()
+                if isinstance(layer, _BatchNorm) and id(layer) not in known
+            }
+            if hidden:
+                where = f"{path}.{name}" if path else name
+                notes.append(
+                    f"{where} ({type(value).__name__}) hides {len(hidden)} BatchNorm layers: they are no "
+                    "submodules and stay as they are; make it an nn.ModuleList or nn.ModuleDict"
+                )
+    return tuple(notes)
+
+
+#: Where a module keeps what it registered, and hooks.
+_REGISTRIES = frozenset(vars(nn.Module()))
 
 
 def _statistics_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...]:

@@ -145,7 +145,7 @@ def _checked(the_plan: Plan, model: nn.Module) -> Plan:
     """Return ``the_plan`` if it fits ``model``.
 
     Raises:
-        PlanError: a site is missing or is another layer.
+        PlanError: a site is missing, is another layer, or is not in the plan.
         RefusedError: a method cannot stand at a site.
 
     """
@@ -166,11 +166,18 @@ def check_sites(the_plan: Plan, sites: Sequence[NormSite], owner: str) -> None:
         owner: what the model is called in an error.
 
     Raises:
-        PlanError: a site is missing or is another layer.
+        PlanError: a site is missing, is another layer, or is not in the plan.
         RefusedError: a method cannot stand at a site.
 
     """
     found = {site.path: site for site in sites}
+    known = {site.path for site in the_plan.sites}
+    left = [site.path for site in sites if site.kind != "weight" and site.path not in known]
+    if left:
+        raise PlanError(
+            f"the plan says nothing of {len(left)} of the {len(sites)} sites of {owner}, {left[0]!r} among "
+            "them; use a plan made for this model, or add rows with the method batch for what should stay"
+        )
     for site, method in the_plan.changes:
         here = found.get(site.path)
         if here is None:

@@ -21,7 +21,7 @@ class FunctionalCall:
     """The F.batch_norm calls that one module makes in its forward."""
 
     path: str
-    owner: str
+    where: str
     eps: float
     shape: tuple[int, ...] | None
     calls: int | None
@@ -43,7 +43,7 @@ def find_functional_calls(
         found.append(
             FunctionalCall(
                 path=f"{prefix}{path}:batch_norm",
-                owner=type(module).__name__,
+                where=_where(module),
                 eps=eps,
                 shape=shape,
                 calls=len(seen) if observation.ran else None,
@@ -61,6 +61,13 @@ def names_batch_norm(model: nn.Module) -> bool:
 def _known(module: nn.Module) -> bool:
     # BatchNorm layers of any package call the function in their forward: they are sites of their own.
     return isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__
+
+
+def _where(module: nn.Module) -> str:
+    owner = type(module).__name__
+    if _names_batch_norm(module):
+        return f"{owner} calls F.batch_norm itself"
+    return f"{owner} calls F.batch_norm by way of a function, or of a layer that is no submodule"
 
 
 def _why(model: nn.Module, known: list[nn.Module]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normsearch.admission.arrays import read_inputs
 from normsearch.admission.images import Preparation, find_images, read_image
@@ -45,6 +45,18 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return (self.read(number) for number in range(self.count))
+
+    def held_apart(self) -> Batches:
+        """Return two batches or more, one to fit and one to hold out, where there are two samples."""
+        if self.count != 1 or self.samples is None or self.samples < 2:
+            return self
+        half = -(-self.samples // 2)
+
+        def read(number: int) -> Any:
+            return tree_map_only(Tensor, lambda leaf: leaf[number * half :][:half], self.read(0))
+
+        note = f"{self.samples} samples are one batch, and one is held out: split into batches of {half}"
+        return Batches(read, 2, self.samples, (*self.notes, note))
 
     def kept(self) -> Iterable[Any]:
         """Return the batches as a list if they are few, so that each is read once; else these ones."""

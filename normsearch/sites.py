@@ -404,5 +404,5 @@ def _functional_site(call: FunctionalCall) -> NormSite:
         ranks=_ANY_RANK,
         input_shapes=(call.shape,) if call.shape else (),
         calls=call.calls,
-        detail=f"{call.owner} calls F.batch_norm itself: {call.why}",
+        detail=f"{call.where}: {call.why}",
     )

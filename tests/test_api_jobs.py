@@ -251,7 +251,6 @@ class TestSearches:
         [
             ({"recipe": {"batch_size": 64}}, "smaller batch_size"),
             ({"methods": ["batch"]}, "one plan only"),
-            ({"methods": ["nothing"]}, "nothing"),
         ],
     )
     def test_what_cannot_be_searched_is_said(
@@ -266,18 +265,34 @@ class TestSearches:
         self, client: TestClient, model: str, arrays: dict[str, np.ndarray[Any, Any]]
     ) -> None:
         for targets, labels, words in (
-            (None, arrays["y"], "no labels"),
             ("y", arrays["y"] + 1, "classes apart"),
             ("y", arrays["y"] / 2, "whole numbers"),
         ):
             buffer = io.BytesIO()
-            given = {"x": arrays["x"], "y": labels} if targets else {"x": arrays["x"]}
-            np.savez(buffer, **given)
+            np.savez(buffer, x=arrays["x"], y=labels)
             upload = uploaded(client, "other.npz", buffer.getvalue())
             other = client.post("/v1/datasets", json={"upload": upload, "targets": targets}).json()["id"]
             body = {"model": model, "dataset": other, "trials": 2, "recipe": {"batch_size": 8}}
             job = ended(client, posted(client, "/v1/searches", body))
             assert words in job["problem"]["detail"]
+
+    def test_what_cannot_succeed_makes_no_job(
+        self, client: TestClient, model: str, dataset: str, arrays: dict[str, np.ndarray[Any, Any]]
+    ) -> None:
+        before = client.get("/v1/jobs").json()
+        buffer = io.BytesIO()
+        np.savez(buffer, x=arrays["x"])
+        upload = uploaded(client, "unlabelled.npz", buffer.getvalue())
+        unlabelled = client.post("/v1/datasets", json={"upload": upload}).json()["id"]
+        for route, body, words in (
+            ("searches", {"dataset": unlabelled}, "has no labels; make a dataset with targets"),
+            ("searches", {"dataset": dataset, "methods": ["nope"]}, "unknown method 'nope'; there are"),
+            ("sensitivities", {"dataset": dataset, "methods": ["nope(a=1)"]}, "unknown method 'nope'"),
+        ):
+            refused = client.post(f"/v1/{route}", json={"model": model, **body})
+            assert (refused.status_code, refused.json()["type"]) == (422, "/problems/refused"), refused.text
+            assert words in refused.json()["detail"]
+        assert client.get("/v1/jobs").json() == before
 
     def test_trials_are_limited(self, client: TestClient, model: str, dataset: str) -> None:
         body = {"model": model, "dataset": dataset, "trials": 21}
@@ -366,6 +381,8 @@ class TestJobs:
         assert len(page["items"]) == 1
         after = client.get("/v1/jobs", params={"limit": 1, "cursor": page["next"]}).json()
         assert after["items"][0]["id"] < page["items"][0]["id"]
+        for cursor in ("", "garbage", "job_zzz", page["next"].replace("job", "mod"), "☃", "\0"):
+            assert client.get("/v1/jobs", params={"cursor": cursor}).status_code == 422, cursor
         job = ended(client, posted(client, "/v1/conversions", {"model": model, "to": "rms"}))
         artifact = job["result"]["artifacts"][0]
         assert client.delete(f"/v1/jobs/{job['id']}").status_code == 204

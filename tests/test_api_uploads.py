@@ -305,6 +305,8 @@ class TestOverTheNetwork:
     def test_slow_and_vanished_clients_leave_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        import httpx2
+
         # One second of grace instead of thirty.
         with running(tmp_path, grace=1.0) as port:
             with socket.create_connection(("127.0.0.1", port), 20) as line:
@@ -315,10 +317,14 @@ class TestOverTheNetwork:
                 assert time.monotonic() - start < 5
             with socket.create_connection(("127.0.0.1", port), 20) as line:
                 line.sendall(_head(port, length=10**6) + b"x" * 5000)
-            deadline = time.monotonic() + 10
-            while _files(tmp_path) and time.monotonic() < deadline:
+            deadline, counted = time.monotonic() + 10, ""
+            # Who goes away is no fault of the server's.
+            while (_files(tmp_path) or 'status="499"' not in counted) and time.monotonic() < deadline:
                 time.sleep(0.05)
+                counted = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
             assert _files(tmp_path) == []
+            assert 'route="/v1/uploads",status="499"' in counted
+            assert 'status="500"' not in counted
 
     @pytest.mark.parametrize(
         "sent",

@@ -740,6 +740,10 @@ def test_text_that_is_no_json_is_no_plan() -> None:
     ("other", "match"),
     [
         (lambda: nn.Sequential(nn.Conv2d(3, 32, 3)), "has no BatchNorm layer"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.BatchNorm2d(32)),
+            "nothing of 1 of the 2 sites of Sequential, '2' among them",
+        ),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), "channels 32 .* the model has 8"),
         (lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32, eps=1)), "eps 1e-05 .* has 1.0"),
         (lambda: nn.Sequential(nn.Conv1d(3, 32, 3), nn.BatchNorm1d(32)), "layer .*BatchNorm2d .*BatchNorm1d"),

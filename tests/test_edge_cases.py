@@ -87,6 +87,29 @@ class Twice(nn.Module):
         return self.other(self.conv(self.one(x)))
 
 
+class Hiding(nn.Module):
+    """Keeps a block in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16))
+        self.blocks = [nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks[0](self.seen(x))
+        return y
+
+
+def test_layers_in_a_plain_list_are_named() -> None:
+    found = plan(Hiding(), "group")
+    assert list(found) == ["seen.1"]
+    (note,) = found.notes
+    assert note.startswith("blocks (list) hides 1 BatchNorm layers")
+    with pytest.raises(RefusedError, match="a layer that is no submodule"):
+        plan(Hiding(), "group", inputs=torch.randn(2, 3, 4, 4))
+    assert not plan(Hiding().seen, "group").notes
+
+
 def test_a_shared_module_is_one_site_and_stays_shared() -> None:
     model = trained(Twice()).eval()
     (site,) = find_sites(model, images())

@@ -202,6 +202,20 @@ def test_arrays_are_split_along_the_first_dimension(tmp_path: Path) -> None:
     assert set(named) == {"left", "right"}
 
 
+def test_a_single_batch_is_split_where_one_is_held_out(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 7, 3)).astype(np.float32)
+    whole = file_batches(NET, saved(tmp_path / "x.npz", arr_0=x, arr_1=y), 32, None)
+    assert len(whole) == 1
+    apart = whole.held_apart()
+    assert [tuple(len(part) for part in batch) for batch in apart] == [(4, 4), (3, 3)]
+    assert torch.equal(torch.cat([b for _, b in apart]), torch.from_numpy(y))
+    assert "7 samples are one batch" in apart.notes[-1]
+    # Nothing to split, or nothing to mend.
+    assert file_batches(NET, saved(tmp_path / "y.npz", arr_0=x[:1]), 32, None).held_apart().count == 1
+    several = file_batches(NET, tmp_path / "x.npz", 3, None)
+    assert several.held_apart() is several
+
+
 def test_arrays_of_different_lengths_are_one_forward_pass(tmp_path: Path) -> None:
     x, y = np.ones((4, 2), np.float32), np.ones(3, np.float32)
     batches = file_batches(NET, saved(tmp_path / "x.npz", arr_0=x, arr_1=y), 2, 1)

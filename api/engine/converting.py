@@ -152,6 +152,8 @@ def calibrate(asked: Calibrating, folder: Path, report: Report) -> Calibrated:
     before = original(asked.source, folder)
     model, plan = converted(asked.converted, asked.plan, before, asked.source, folder)
     given = data.batches(before, asked.data, folder)
+    if before.batch_size is None:
+        given = given.held_apart()
     kept = given.kept()
     follow = following(report)
     calibrated = before.calibrate(model, kept, asked, follow)

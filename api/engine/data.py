@@ -15,7 +15,7 @@ from torch import Tensor
 
 from api.engine.networks import Network
 from api.tasks import Array, Data, Described, Describing, ImageClass
-from normsearch.admission.arrays import read_inputs
+from normsearch.admission.arrays import SUFFIXES, read_inputs
 from normsearch.admission.image_archives import check_archive, extract, images_in
 from normsearch.admission.images import Preparation, read_image
 from normsearch.errors import CheckpointError
@@ -35,6 +35,11 @@ def describe(asked: Describing, folder: Path) -> Described:
         counts = check_archive(path, folder)
         classes = [ImageClass(name=name, images=count) for name, count in counts.items()]
         return Described(kind="images", samples=sum(counts.values()), arrays=[], classes=classes)
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(
+            f"{asked.file}: inputs are arrays in {', '.join(SUFFIXES)}, or images in a .zip with a folder "
+            "for each class"
+        )
     found = _arrays(path)
     lengths = {array.shape[0] if array.dim() else 0 for array in found.values()}
     if len(found) > _MOST_ARRAYS or lengths == {0}:

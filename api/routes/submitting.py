@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from api import jobs
 from api.answering import CREATED, answered
+from api.catalogue import catalogue
 from api.conversions import format_of
 from api.database import ARTIFACTS, DATASETS, MODELS, UPLOADS
 from api.idempotency import IdempotencyKey, Outcome, at_once, fingerprint
@@ -20,6 +21,7 @@ from api.keys import Owner
 from api.owned import fetch
 from api.parts import Asking, Parts, Service
 from api.problems import ProblemError, documented
+from api.schemas import Dataset
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 #: What cannot be asked of a model, by its format, and the way out.
@@ -58,6 +60,24 @@ async def submitted(
     outcome = await run_sync(lambda: at_once(service.database, asking, key, same, commit))
     service.workers.start()
     return answered(outcome)
+
+
+async def _refuse_unknown(service: Parts, spellings: Sequence[str] | None) -> None:
+    """Raise unless every method exists; whether it fits is seen at each site.
+
+    Raises:
+        ProblemError: 422.
+
+    """
+    if spellings is None:
+        return
+    known = [method.name for method in (await catalogue(service)).methods]
+    for spelling in spellings:
+        name = spelling.partition("(")[0].strip()
+        if name not in known:
+            raise ProblemError(
+                422, "refused", f"unknown method {name[:60]!r}; there are {', '.join(sorted(known))}"
+            )
 
 
 def _model(
@@ -136,6 +156,7 @@ async def sense(
     body: SensitivityRequest, service: Service, asking: Asking, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Measure how far the output moves when one site changes, for every site and method."""
+    await _refuse_unknown(service, body.methods)
     return await submitted(
         service,
         asking,
@@ -158,11 +179,18 @@ async def search(
         body = body.model_copy(update={"trials": min(body.trials, most)})
     if body.trials > most:
         raise ProblemError(422, "invalid-request", f"trials: at most {most} here; the operator sets the most")
-    return await submitted(
-        service,
-        asking,
-        idempotency_key,
-        "search",
-        body,
-        lambda connection: _model(connection, asking, "search", body.model, body.dataset),
-    )
+    await _refuse_unknown(service, body.methods)
+
+    def reads(connection: sa.Connection) -> dict[str, Any]:
+        found = _model(connection, asking, "search", body.model, body.dataset)
+        dataset = Dataset.of(fetch(connection, DATASETS, asking, body.dataset))
+        if dataset.kind == "arrays" and dataset.targets is None:
+            raise ProblemError(
+                422,
+                "refused",
+                f"{dataset.filename} has no labels; make a dataset with targets, the name of the array that "
+                "holds them",
+            )
+        return found
+
+    return await submitted(service, asking, idempotency_key, "search", body, reads)

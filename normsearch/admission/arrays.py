@@ -19,6 +19,10 @@ MOST_BYTES = 8 * 2**30
 _POSITIONAL = re.compile(r"arr_(\d+)")
 
 
+#: Of the files that inputs are read from.
+SUFFIXES = (".npz", ".npy", ".safetensors")
+
+
 def read_inputs(path: Path) -> Any:
     """Return a file's arrays as one forward pass's inputs.
 
@@ -35,7 +39,9 @@ def read_inputs(path: Path) -> Any:
         elif path.suffix in (".npz", ".npy"):
             found = _numpy(path)
         else:
-            raise CheckpointError(f"{path}: inputs are read from .npz, .npy or .safetensors")
+            raise CheckpointError(
+                f"{path}: inputs are read from {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+            )
     except CheckpointError:
         raise
     except Exception as error:

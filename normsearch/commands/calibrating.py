@@ -131,7 +131,9 @@ def calibrate(
         )
     before = loaded_from(original, architecture, arguments, entry)
     model, plan = converted_from(converted, before)
-    given = given_inputs(before.model, None, batch_size, inputs, (image_size, mean, std), samples)
+    given = given_inputs(
+        before.model, None, batch_size, inputs, (image_size, mean, std), samples, held_apart=True
+    )
     assert given is not None
     with progress("reading inputs"):
         batches = given.kept()

@@ -88,11 +88,13 @@ def inputs_for(
     inputs: Path | None,
     images: Images,
     samples: int | None = None,
+    *,
+    held_apart: bool = False,
 ) -> Batches | None:
     """Return the inputs that the options ask for, of the type of the model's own."""
     from normsearch.onnx_graph.running import stand_in
 
-    return given_inputs(stand_in(model), shape, batch_size, inputs, images, samples)
+    return given_inputs(stand_in(model), shape, batch_size, inputs, images, samples, held_apart=held_apart)
 
 
 def sites(model: ir.Model, inputs: Batches | None) -> tuple[normsearch.NormSite, ...]:
@@ -194,7 +196,7 @@ def calibrate(
     """Calibrate a converted file by least squares and write it."""
     _check_suffix(output)
     before, after = load(original), load(converted)
-    given = inputs_for(before, None, batch_size, inputs, images, samples)
+    given = inputs_for(before, None, batch_size, inputs, images, samples, held_apart=True)
     assert given is not None
     with progress("reading inputs"):
         batches = given.kept()

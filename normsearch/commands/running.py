@@ -149,6 +149,8 @@ def given_inputs(
     inputs: Path | None,
     images: tuple[int | None, str | None, str | None],
     samples: int | None = None,
+    *,
+    held_apart: bool = False,
 ) -> Batches | None:
     """Return the inputs that the options ask for, and say on stderr what was done to them.
 
@@ -159,9 +161,12 @@ def given_inputs(
         inputs: ``--inputs``.
         images: ``--image-size``, ``--mean`` and ``--std``.
         samples: the most samples.
+        held_apart: whether there must be a batch that can be held out.
 
     """
     found = read_batches(model, shape, batch_size, inputs, read_preparation(*images), samples=samples)
+    if found is not None and held_apart:
+        found = found.held_apart()
     for note in () if found is None else found.notes:
         typer.echo(f"note: {visible(note)}", err=True)
     return found
