@@ -7,7 +7,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -534,11 +534,54 @@ def _sent(client: TestClient, name: str, content: bytes) -> Any:
     return made if made.is_error else client.post("/v1/models", json={"upload": made.json()["id"]})
 
 
-@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])
+class _Hungry(torch.nn.Module):
+    """Adds a terabyte of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.norm(x) + torch.zeros(2**38).sum()
+        return found
+
+
+def _hungry_program() -> bytes:
+    held = io.BytesIO()
+    torch.export.save(torch.export.export(_Hungry().eval(), (torch.randn(2, 4, 3, 3),)), held)
+    return held.getvalue()
+
+
+def _hungry_graph() -> bytes:
+    writer = onnx_networks.Writer("initializers")
+    x = writer.batch_norm("x", "norm", torch.nn.BatchNorm2d(4))
+    writer.initializers.append(onnx.numpy_helper.from_array(np.array([2**38]), "size"))
+    zeros = writer.node("ConstantOfShape", ["size"], "zeros")
+    total = writer.node("ReduceSum", [zeros], "total", keepdims=0)
+    writer.node("Add", [x, total], "y")
+    given, made = (onnx_networks.value(name, 2, 4, 3, 3) for name in ("x", "y"))
+    return bytes(writer.model(17, [given], [made]).SerializeToString())
+
+
+@pytest.mark.parametrize(("name", "make"), [("hungry.pt2", _hungry_program), ("hungry.onnx", _hungry_graph)])
+def test_networks_that_take_more_memory_than_there_is(
+    client: TestClient, name: str, make: Callable[[], bytes]
+) -> None:
+    model = _read_bytes(client, name, make())
+    assert model["sites"] == 1
+    body = {"model": model["id"], "to": "group", "input_shape": "4x3x3"}
+    # Nothing is run without inputs.
+    assert client.post("/v1/plans", json={**body, "input_shape": None}).status_code == 200
+    refused = ended(client, posted(client, "/v1/conversions", body))["problem"]
+    assert refused["status"] == 422
+    assert refused["type"] in ("/problems/refused", "/problems/limits-exceeded"), refused
+
+
+@pytest.mark.parametrize("share", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_attacks_are_refused_and_run_nothing(
     client: TestClient, folder: Path, tmp_path: Path, share: int
 ) -> None:
-    """Hostile programs, and hostile ONNX files: every fourth, and in the longest tests all of them."""
+    """Hostile programs, and hostile ONNX files: every sixth, and in the longest tests all of them."""
     canary, secret = tmp_path / "canary", tmp_path / "secret"
     secret.write_bytes(b"secret" + bytes(10))
     valid = program_attacks.valid()
