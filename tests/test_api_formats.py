@@ -365,6 +365,13 @@ class TestConversions:
         assert dependence.after.eval_batches == pytest.approx(0, abs=1e-6)
         assert b"<html" in made["page"]
 
+    def test_a_plan_for_the_network_fits_its_program(
+        self, client: TestClient, program_model: dict[str, Any], network: torch.nn.Module
+    ) -> None:
+        plan = json.loads(normsearch.plan(network, {"1": "layer", "*": "group"}).to_json())
+        job = ended(client, posted(client, "/v1/conversions", {"model": program_model["id"], "plan": plan}))
+        assert json.loads(artifacts(client, job)["plan"]) == plan
+
     @pytest.mark.parametrize("name", ["fixed.pt2", "fixed.onnx"])
     def test_files_for_one_batch_size_are_measured_with_it(
         self, client: TestClient, name: str, network: torch.nn.Module, tmp_path: Path
@@ -604,6 +611,17 @@ def test_attacks_are_refused_and_run_nothing(
         assert "secret" not in document["detail"].replace(str(secret), ""), name
     assert not canary.exists()
     assert list((folder / "data" / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "told", "status"), [(-1, None, 200), (0, 0, 422)])
+def test_batch_sizes_that_are_none(client: TestClient, size: int, told: int | None, status: int) -> None:
+    """Some exporters write -1 for an open size, and onnxruntime takes it for one."""
+    proto = onnx_networks.proto(onnx_networks.Twin().eval(), "initializers", 17)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
+    model = _read_bytes(client, f"odd{size}.onnx", proto.SerializeToString())
+    assert model["inputs"][0]["shape"] == [told, 3, 8, 8]
+    answer = client.post("/v1/plans", json={"model": model["id"], "input_shape": "3x8x8", "to": "group"})
+    assert answer.status_code == status, answer.text
 
 
 @pytest.mark.parametrize("value", ["inf", "nan"])
