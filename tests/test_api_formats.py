@@ -7,7 +7,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -365,6 +365,13 @@ class TestConversions:
         assert dependence.after.eval_batches == pytest.approx(0, abs=1e-6)
         assert b"<html" in made["page"]
 
+    def test_a_plan_for_the_network_fits_its_program(
+        self, client: TestClient, program_model: dict[str, Any], network: torch.nn.Module
+    ) -> None:
+        plan = json.loads(normsearch.plan(network, {"1": "layer", "*": "group"}).to_json())
+        job = ended(client, posted(client, "/v1/conversions", {"model": program_model["id"], "plan": plan}))
+        assert json.loads(artifacts(client, job)["plan"]) == plan
+
     @pytest.mark.parametrize("name", ["fixed.pt2", "fixed.onnx"])
     def test_files_for_one_batch_size_are_measured_with_it(
         self, client: TestClient, name: str, network: torch.nn.Module, tmp_path: Path
@@ -534,11 +541,54 @@ def _sent(client: TestClient, name: str, content: bytes) -> Any:
     return made if made.is_error else client.post("/v1/models", json={"upload": made.json()["id"]})
 
 
-@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])
+class _Hungry(torch.nn.Module):
+    """Adds a terabyte of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.norm(x) + torch.zeros(2**38).sum()
+        return found
+
+
+def _hungry_program() -> bytes:
+    held = io.BytesIO()
+    torch.export.save(torch.export.export(_Hungry().eval(), (torch.randn(2, 4, 3, 3),)), held)
+    return held.getvalue()
+
+
+def _hungry_graph() -> bytes:
+    writer = onnx_networks.Writer("initializers")
+    x = writer.batch_norm("x", "norm", torch.nn.BatchNorm2d(4))
+    writer.initializers.append(onnx.numpy_helper.from_array(np.array([2**38]), "size"))
+    zeros = writer.node("ConstantOfShape", ["size"], "zeros")
+    total = writer.node("ReduceSum", [zeros], "total", keepdims=0)
+    writer.node("Add", [x, total], "y")
+    given, made = (onnx_networks.value(name, 2, 4, 3, 3) for name in ("x", "y"))
+    return bytes(writer.model(17, [given], [made]).SerializeToString())
+
+
+@pytest.mark.parametrize(("name", "make"), [("hungry.pt2", _hungry_program), ("hungry.onnx", _hungry_graph)])
+def test_networks_that_take_more_memory_than_there_is(
+    client: TestClient, name: str, make: Callable[[], bytes]
+) -> None:
+    model = _read_bytes(client, name, make())
+    assert model["sites"] == 1
+    body = {"model": model["id"], "to": "group", "input_shape": "4x3x3"}
+    # Nothing is run without inputs.
+    assert client.post("/v1/plans", json={**body, "input_shape": None}).status_code == 200
+    refused = ended(client, posted(client, "/v1/conversions", body))["problem"]
+    assert refused["status"] == 422
+    assert refused["type"] in ("/problems/refused", "/problems/limits-exceeded"), refused
+
+
+@pytest.mark.parametrize("share", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_attacks_are_refused_and_run_nothing(
     client: TestClient, folder: Path, tmp_path: Path, share: int
 ) -> None:
-    """Hostile programs, and hostile ONNX files: every fourth, and in the longest tests all of them."""
+    """Hostile programs, and hostile ONNX files: every sixth, and in the longest tests all of them."""
     canary, secret = tmp_path / "canary", tmp_path / "secret"
     secret.write_bytes(b"secret" + bytes(10))
     valid = program_attacks.valid()
@@ -561,6 +611,17 @@ def test_attacks_are_refused_and_run_nothing(
         assert "secret" not in document["detail"].replace(str(secret), ""), name
     assert not canary.exists()
     assert list((folder / "data" / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "told", "status"), [(-1, None, 200), (0, 0, 422)])
+def test_batch_sizes_that_are_none(client: TestClient, size: int, told: int | None, status: int) -> None:
+    """Some exporters write -1 for an open size, and onnxruntime takes it for one."""
+    proto = onnx_networks.proto(onnx_networks.Twin().eval(), "initializers", 17)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
+    model = _read_bytes(client, f"odd{size}.onnx", proto.SerializeToString())
+    assert model["inputs"][0]["shape"] == [told, 3, 8, 8]
+    answer = client.post("/v1/plans", json={"model": model["id"], "input_shape": "3x8x8", "to": "group"})
+    assert answer.status_code == status, answer.text
 
 
 @pytest.mark.parametrize("value", ["inf", "nan"])

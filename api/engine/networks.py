@@ -116,7 +116,7 @@ class Network(ABC):
     def batch_size(self) -> int | None:
         """The only batch size that the network takes; None where it is open."""
         sizes = {one.shape[0] for one in self.inputs or () if one.shape}
-        return sizes.pop() if len(sizes) == 1 else None
+        return (sizes.pop() or None) if len(sizes) == 1 else None
 
 
 class _TorchNetwork(Network):

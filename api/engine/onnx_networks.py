@@ -98,7 +98,8 @@ def _input_of(value: ir.Value) -> InputOf:
     kind = None if value.dtype is None else value.dtype.name
     sizes = None
     if value.shape is not None:
-        sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
+        # Some exporters write -1 for a size that is open.
+        sizes = tuple(size if isinstance(size, int) and size >= 0 else None for size in value.shape)
     return InputOf(
         name=value.name or "", dtype=None if kind is None else _TYPES.get(kind, kind.lower()), shape=sizes
     )

@@ -20,6 +20,8 @@ from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Progress
 from normsearch.sites import NormSite
 
+#: So many of a network's inputs are told of.
+_MOST_INPUTS = 1000
 #: Told how far the work has come.
 Report = Callable[[Progressed], None]
 
@@ -109,7 +111,7 @@ def inspected(found: Network) -> Inspected:
             "parameters": found.parameters,
             "converted": found.plan is not None and bool(found.plan.changes),
             "notes": found.notes,
-            "inputs": found.inputs,
+            "inputs": None if found.inputs is None else found.inputs[:_MOST_INPUTS],
             "sites": [told(site) for site in found.library.find_sites(found.model)],
         }
     )

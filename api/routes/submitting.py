@@ -25,17 +25,18 @@ from api.schemas import Dataset
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 #: What cannot be asked of a model, by its format, and the way out.
-_REFUSED: dict[tuple[jobs.Kind, str], str] = {
-    (
-        "sensitivity",
-        "onnx",
-    ): "sensitivity is measured with torch, and this is an ONNX file; convert it with one "
-    "method at a time and a dataset, and compare the reports",
-    ("search", "onnx"): "a search trains, and an ONNX file is for inference; search on a checkpoint of the "
-    "network, and convert the file with the plan",
-    ("search", "exported program"): "a search trains, and an exported program stays in the mode that it was "
-    "exported in; search on a checkpoint of the network, whose sites have the same paths, and convert the "
-    "program with the plan",
+_REFUSED: dict[jobs.Kind, dict[str, str]] = {
+    "sensitivity": {
+        "onnx": "sensitivity is measured with torch, and this is an ONNX file; convert it with one method at "
+        "a time and a dataset, and compare the reports",
+    },
+    "search": {
+        "onnx": "a search trains, and an ONNX file is for inference; search on a checkpoint of the network, "
+        "and export its result",
+        "exported program": "a search trains, and an exported program stays in the mode that it was exported "
+        "in; search on a checkpoint of the network, whose sites have the same paths, and convert the program "
+        "with the plan",
+    },
 }
 #: What a job is called, and the ids of what it reads.
 _Reads = Callable[[sa.Connection], dict[str, Any]]
@@ -89,7 +90,7 @@ def _model(
     **others: Any,
 ) -> dict[str, Any]:
     row = fetch(connection, MODELS, asking, model)
-    refused = _REFUSED.get((kind, format_of(row)))
+    refused = _REFUSED.get(kind, {}).get(format_of(row))
     if refused is not None:
         raise ProblemError(422, "refused", f"{row.name}: {refused}")
     if dataset is not None:

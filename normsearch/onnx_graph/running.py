@@ -44,13 +44,14 @@ class Runtime(nn.Module):
         proto = ir.to_proto(model)
         if outputs is not None:
             _cut(proto.graph, outputs, inputs or {})
+        constants = {tensor.name for tensor in proto.graph.initializer}
+        data = proto.SerializeToString()
+        # The session makes copies of its own.
+        del proto
         try:
-            self._session = onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
-        constants = {tensor.name for tensor in proto.graph.initializer}
         self.inputs = [one.name for one in self._session.get_inputs() if one.name not in constants]
         self._outputs = [one.name for one in self._session.get_outputs()]
 

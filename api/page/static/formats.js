@@ -18,10 +18,10 @@ export const kind = (model) => model.architecture ?? (isOnnx(model) ? "ONNX file
 /** Return the kinds of jobs that can be run on a model, and why not the others. */
 export function jobsOf(model) {
   if (isOnnx(model)) {
-    return { kinds: ["conversions"], why: "Sensitivity and searches need a network of torch; an ONNX file is converted and calibrated. A plan that a search on the checkpoint found can be used here." };
+    return { kinds: ["conversions"], why: "Sensitivity and searches need a network of torch; an ONNX file is converted and calibrated. Search on a checkpoint of the network, and export its result." };
   }
   if (isProgram(model)) {
-    return { kinds: ["conversions", "sensitivities"], why: "A search trains, and an exported program stays in the mode that it was exported in. A plan that a search on the checkpoint found can be used here: the sites have the same paths." };
+    return { kinds: ["conversions", "sensitivities"], why: "A search trains, and an exported program stays in the mode that it was exported in. The plan of a search on its checkpoint fits the program too, since the sites have the same paths: give it to POST /v1/conversions." };
   }
   return { kinds: ["conversions", "sensitivities", "searches"], why: "" };
 }
