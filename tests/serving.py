@@ -74,7 +74,8 @@ def _lender(tasks: str) -> Forker:
 @contextmanager
 def served(folder: Path, client: str = "127.0.0.1", **others: Any) -> Iterator[TestClient]:
     """The application in this process, asked from loopback."""
-    with_database(folder / "data")
+    if "database_url" not in others:
+        with_database(folder / "data")
     app = create_app(settings(folder, **others))
     with (
         patch("api.sandbox.Forker", Borrowed),
@@ -105,7 +106,8 @@ def running(
 
     A cold one starts nothing beside it, which would import everything for seconds; no job ever runs there.
     """
-    with_database(folder / "data")
+    if "NORMSEARCH_DATABASE_URL" not in environment:
+        with_database(folder / "data")
     code = "import api.observing, api.receiving, api.server, api.__main__ as main\n"
     if grace is not None:
         code += f"api.receiving._GRACE = api.observing._BODY_SECONDS = api.server.HEAD = {grace}\n"
