@@ -1,6 +1,8 @@
 # Three commands on a fresh machine with Python 3.11 or later: make demo, make serve, make test.
 PYTHON ?= python3
 BIN := .venv/bin
+# Files of tests at a time, as many as there are processors; a file's servers and networks are made once.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo serve test test-all bench lint clean
 
@@ -26,10 +28,10 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity

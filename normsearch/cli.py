@@ -25,6 +25,7 @@ COMMANDS = {
     "report": ("reporting", "Report what a conversion changed, as one HTML page and as JSON."),
     "search": ("searching", "Search the normalization method of every site."),
     "worker": ("searching", "Run trials of a search that was started elsewhere."),
+    "status": ("searching", "Say how far a search has come that goes on elsewhere, or was interrupted."),
 }
 _OPTIONS: dict[str, Any] = {
     "add_completion": False,

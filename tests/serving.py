@@ -6,6 +6,7 @@ import atexit
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,12 +16,15 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from starlette.testclient import TestClient
 
 from api import keys
 from api.database import sqlite_url
+from api.forking import EndingError, Forker
 from api.main import create_app
+from api.messages import Order
 from api.migrating import open_database
 from api.settings import Settings
 
@@ -50,14 +54,35 @@ def with_database(folder: Path) -> Path:
     return folder
 
 
+class Borrowed(Forker):
+    """Has one process fork the children of every application here: it takes seconds to import everything."""
+
+    def send(self, order: Order, files: list[Path]) -> tuple[socket.socket, int]:
+        if self.closed.is_set():
+            raise EndingError
+        return _lender(self._tasks).send(order, files)
+
+
+@cache
+def _lender(tasks: str) -> Forker:
+    # No data are where children may read, in the folders of modules: nothing needs to be hidden there.
+    made = Forker(tasks, Path(tempfile.gettempdir()))
+    atexit.register(made.close)
+    return made
+
+
 @contextmanager
 def served(folder: Path, client: str = "127.0.0.1", **others: Any) -> Iterator[TestClient]:
     """The application in this process, asked from loopback."""
-    with_database(folder / "data")
+    if "database_url" not in others:
+        with_database(folder / "data")
     app = create_app(settings(folder, **others))
-    with TestClient(
-        app, base_url="http://127.0.0.1", client=(client, 50_000), raise_server_exceptions=False
-    ) as asking:
+    with (
+        patch("api.sandbox.Forker", Borrowed),
+        TestClient(
+            app, base_url="http://127.0.0.1", client=(client, 50_000), raise_server_exceptions=False
+        ) as asking,
+    ):
         yield asking
 
 
@@ -69,13 +94,26 @@ def bearer(client: TestClient, name: str = "a", quota_bytes: int | None = None) 
 
 @contextmanager
 def running(
-    folder: Path, grace: float | None = None, tasks: str | None = None, port: int = 0, **environment: str
+    folder: Path,
+    grace: float | None = None,
+    tasks: str | None = None,
+    port: int = 0,
+    *,
+    cold: bool = False,
+    **environment: str,
 ) -> Iterator[int]:
-    """The service as a process of its own, open on a free port, which is returned."""
-    with_database(folder / "data")
+    """The service as a process of its own, open on a free port, which is returned.
+
+    A cold one starts nothing beside it, which would import everything for seconds; no job ever runs there.
+    """
+    if "NORMSEARCH_DATABASE_URL" not in environment:
+        with_database(folder / "data")
     code = "import api.observing, api.receiving, api.server, api.__main__ as main\n"
     if grace is not None:
         code += f"api.receiving._GRACE = api.observing._BODY_SECONDS = api.server.HEAD = {grace}\n"
+    if cold:
+        code += "create = main.create_app\nmain.create_app = lambda settings, warm: create(settings)\n"
+        environment = {"NORMSEARCH_WORKERS": "0", **environment}
     code += f"main.app(['serve', '--port', '{port}'])"
     given = {
         **os.environ,

@@ -137,7 +137,7 @@ def test_a_server_that_starts_anew_is_reached_again(tmp_path: Path) -> None:
         pytest.skip(reason)
     with (
         postgresql.cluster() as server,
-        running(tmp_path, NORMSEARCH_DATABASE_URL=server.url) as port,
+        running(tmp_path, cold=True, NORMSEARCH_DATABASE_URL=server.url) as port,
         httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
         place = client.put("/v1/uploads?filename=x.pth", content=b"x").headers["location"]

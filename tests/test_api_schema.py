@@ -11,24 +11,21 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from serving import ROOT, running, settings
+from serving import running, settings, with_database
 
+from api import keys
+from api.database import Database, sqlite_url
 from api.main import create_app
 
 
-def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", ["2", pytest.param("20", marks=pytest.mark.slow)])
+def test_schemathesis_finds_nothing(examples: str, tmp_path: Path) -> None:
     program = shutil.which("st", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if program is None:
         pytest.skip("schemathesis is not installed")
-    made = subprocess.run(
-        [sys.executable, "-m", "api", "keys", "create", "schemathesis"],
-        env={**os.environ, "NORMSEARCH_DATA": str(tmp_path / "data")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    key = made.stdout.strip()
+    database = Database(sqlite_url(with_database(tmp_path / "data")))
+    _, key = keys.create(database, "schemathesis", None)
+    database.close()
     given = {
         "NORMSEARCH_OPEN": "0",
         "NORMSEARCH_METRICS_TOKEN": key,
@@ -47,7 +44,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
                 "--header",
                 f"Authorization: Bearer {key}",
                 "--max-examples",
-                "3",
+                examples,
                 "--seed",
                 "1",
                 "--no-color",

@@ -287,7 +287,7 @@ def test_what_was_left_behind_is_removed_at_the_start(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A server that waits for a second at most."""
-    with running(tmp_path_factory.mktemp("impatient"), grace=1.0) as number:
+    with running(tmp_path_factory.mktemp("impatient"), grace=1.0, cold=True) as number:
         yield number
 
 
@@ -296,7 +296,7 @@ class TestOverTheNetwork:
 
     def test_too_large_is_answered_before_the_body(self, tmp_path: Path) -> None:
         with (
-            running(tmp_path, NORMSEARCH_UPLOAD_BYTES="1000") as port,
+            running(tmp_path, cold=True, NORMSEARCH_UPLOAD_BYTES="1000") as port,
             socket.create_connection(("127.0.0.1", port), 20) as line,
         ):
             line.sendall(_head(port, length=10**12))
@@ -308,7 +308,7 @@ class TestOverTheNetwork:
         import httpx2
 
         # One second of grace instead of thirty.
-        with running(tmp_path, grace=1.0) as port:
+        with running(tmp_path, grace=1.0, cold=True) as port:
             with socket.create_connection(("127.0.0.1", port), 20) as line:
                 line.sendall(_head(port, length=10**6) + b"x" * 5000)
                 start = time.monotonic()
@@ -347,7 +347,7 @@ class TestOverTheNetwork:
         import httpx2
 
         contents = [os.urandom(500_000) for _ in range(8)]
-        with running(tmp_path) as port:
+        with running(tmp_path, cold=True) as port:
             answers: list[Any] = []
 
             def put(number: int) -> None:

@@ -328,10 +328,10 @@ def test_entry_point_and_module_agree() -> None:
     done = process("methods", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert [row["method"] for row in json.loads(done.stdout)] == list(METHODS)
-    scripts = Path(sys.executable).with_name("normsearch")
-    if scripts.exists():
-        again = subprocess.run([scripts, "methods", "--json"], capture_output=True, text=True, check=True)
-        assert again.stdout == done.stdout
+    script = Path(sys.executable).with_name("normsearch")
+    if script.exists():
+        again = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+        assert again == process("--help").stdout.replace("python -m normsearch", "normsearch")
 
 
 def test_no_output_replaces_an_input_or_another_output(checkpoint: str, folder: Path) -> None:
@@ -410,7 +410,7 @@ def test_the_list_of_commands_is_theirs_and_needs_no_torch() -> None:
     assert "Did you mean 'search'?" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["typer", "torch", "normsearch.checkpoints"])
+@pytest.mark.parametrize("name", ["typer", "torch"])
 def test_ctrl_c_before_a_command_begins_ends_it_without_a_word(name: str) -> None:
     code = f"""
 import os, signal, sys

@@ -98,7 +98,7 @@ class TestDockerfile:
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
             return done.returncode
 
-        with running(tmp_path) as port:
+        with running(tmp_path, cold=True) as port:
             assert check(port) == 0
         assert check(port) != 0
 

@@ -200,7 +200,7 @@ MORE = [*METHODS, "weight", "weight(mean_only=true)", "spectral", "filter_respon
 
 
 @pytest.mark.parametrize("method", MORE)
-@pytest.mark.parametrize("name", ["net", "resnet18", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["net", "resnet10t", "tinynet_e"])
 def test_resident_is_what_convert_gives_and_then_itself_again(method: str, name: str) -> None:
     torch.manual_seed(0)
     model = network() if name == "net" else timm.create_model(name, num_classes=3).eval()

@@ -26,8 +26,8 @@ from normsearch.commands import searching as commands
 from normsearch.reporting import Document, search_sections
 from normsearch.searching import open_storage
 from normsearch.searching.costs import COSTS
+from normsearch.searching.preparing import VETO
 from normsearch.searching.samplers import SAMPLERS
-from normsearch.searching.searches import VETO
 from normsearch.searching.space import METHODS
 
 MODULE = """
@@ -224,6 +224,19 @@ def test_ctrl_c_keeps_everything_and_the_same_command_goes_on(folder: Path) -> N
         t for t in study_of("mytask.slow.journal", "mytask.slow").trials if t.state == TrialState.COMPLETE
     ]
     assert 1 <= len(kept) < 10
+    before = (folder / "mytask.slow.journal").read_bytes()
+    best = max(kept, key=lambda t: t.values[0])
+    said = cli("status", "--task", "mytask:slow", "-o", "so-far.html").stdout
+    assert f"the study 'mytask.slow' has 10 trials to run: {len(kept)} complete" in said
+    assert f"score {best.values[0]:.4g}\nthe plan: " in said
+    assert said.endswith("wrote so-far.html, so-far.json\n")
+    assert f"{len(kept)} of 10 trials are done" in (folder / "so-far.html").read_text()
+    assert f"{len(kept)} of 10 trials are done" in (folder / "so-far.json").read_text()
+    told = json.loads(cli("status", "--task", "mytask:slow", "--json").stdout)
+    assert told["states"]["complete"] == len(kept)
+    assert (told["trials"], told["leading"]["values"]) == (10, best.values)
+    # Whoever looks changes nothing.
+    assert (folder / "mytask.slow.journal").read_bytes() == before
     (folder / "fast").touch()
     cli(*words)
     trials = study_of("mytask.slow.journal", "mytask.slow").trials
@@ -356,6 +369,7 @@ def test_a_worker_says_what_it_misses(folder: Path) -> None:
     assert missing.stderr == (
         "error: there is no journal x.journal; start the search first, or give its --storage\n"
     )
+    assert cli("status", *words, "--study", "x", code=1).stderr == missing.stderr
     cli("search", "--task", "mytask:scored", *SMALL)
     other = cli("worker", "--study", "x", "--storage", "mytask.scored.journal", *words, code=1)
     assert "the storage has no study 'x'; it has mytask.scored" in other.stderr

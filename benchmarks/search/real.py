@@ -167,7 +167,7 @@ def _without(
     drift: Sensitivity = normsearch.sensitivity(resident.model, space.methods, inputs)
     space = space.in_order(drift.sites)
     if variant != "no veto":
-        vetoes = drift.vetoes(normsearch.searching.searches.VETO)
+        vetoes = drift.vetoes(normsearch.searching.preparing.VETO)
         space = space.without({p: [m for m in ms if m != "batch"] for p, ms in vetoes.items()}, "veto")
     prior: Prior | None = None
     if variant != "no prior":

@@ -1,8 +1,9 @@
-"""Commands that search: search, worker."""
+"""Commands that search: search, worker, status."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -185,7 +186,7 @@ def search(
     journal = None if "://" in kept else Path(kept)
     _refuse(places, journal, force=force)
     from normsearch import searching
-    from normsearch.searching.searches import VETO
+    from normsearch.searching.preparing import VETO
 
     constraints = _constraints(max_drop, max_latency, max_memory, batch_independent)
     with progress("preparing the task"):
@@ -211,9 +212,8 @@ def search(
             top=top,
             on_progress=follow,
         )
-    metric = getattr(getattr(objective, "metric", None), "__name__", "score")
     with _kept(kept), progress(f"writing {places[0]}"):
-        report = searching.search_report(found, score=metric, title=title)
+        report = searching.search_report(found, score=_score_of(objective), title=title)
         _write(found, report, places, force=force)
     if as_json:
         print_json(
@@ -248,8 +248,7 @@ def worker(
     A worker that is killed loses nothing: another one runs its trial.
     """
     kept = storage or f"{study}.journal"
-    if "://" not in kept and not Path(kept).exists():
-        raise SearchError(f"there is no journal {kept}; start the search first, or give its --storage")
+    _refuse_missing(kept)
     from normsearch import searching
 
     with progress("preparing the task"):
@@ -267,6 +266,85 @@ def worker(
         print_json({"study": study, "trials_run": ran})
     else:
         typer.echo(f"the study {study!r} has all its trials; {ran} of them ran here")
+
+
+@reported
+def status(
+    task: _Task,
+    study: Annotated[
+        str | None, typer.Option(help="Name of the study. [default: the task's name]", show_default=False)
+    ] = None,
+    storage: _Storage = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the report so far: NAME.html, and NAME.json beside it.",
+            show_default=False,
+        ),
+    ] = None,
+    title: Title = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Say how far a search has come that goes on elsewhere, or was interrupted; nothing is run.
+
+    normsearch status --task mytask:task -o so-far.html
+    """
+    name = _study_name(study, task)
+    kept = storage or f"{name}.journal"
+    _refuse_missing(kept)
+    places = [] if output is None else [output.with_suffix(".html"), output.with_suffix(".json")]
+    refuse_outputs(places, [None if "://" in kept else Path(kept)], force=force)
+    from normsearch import searching
+    from normsearch.searching.findings import Findings, state
+
+    with progress("preparing the task"):
+        model, objective = load_task(task)
+    with _kept(kept):
+        found = Findings.of_study(model, name=name, storage=kept, score=_score_of(objective))
+        if places:
+            searching.search_report(found, title=title).save(places[0], force=force)
+    counts = Counter(state(trial) for trial in found.counted)
+    best = None if found.best is None else found.by_number[found.best]
+    if as_json:
+        leading = None if best is None else {"trial": best.number, "values": best.values}
+        plan = None if best is None else json.loads(found.best_plan.to_json())
+        print_json(
+            {
+                "written": [str(path) for path in places],
+                "study": name,
+                "trials": found.wanted,
+                "states": counts,
+                "leading": leading,
+                "plan": plan,
+            }
+        )
+        return
+    told = ", ".join(f"{count} {what}" for what, count in counts.items()) or "none has begun"
+    typer.echo(f"the study {name!r} has {found.wanted} trials to run: {told}")
+    if best is not None:
+        values = ", ".join(
+            f"{goal.name} {value:.4g}" for goal, value in zip(found.goals, best.values, strict=True)
+        )
+        OUT.print(
+            f"leading, not confirmed: {found.name(best.number)}, {values}", highlight=False, markup=False
+        )
+        OUT.print(_said(found.best_plan), highlight=False)
+    if places:
+        typer.echo(f"wrote {', '.join(map(str, places))}")
+
+
+def _score_of(objective: Any) -> str:
+    """Return what a task's first number is called."""
+    return str(getattr(getattr(objective, "metric", None), "__name__", "score"))
+
+
+def _refuse_missing(storage: str) -> None:
+    """Raise where there is no journal to read."""
+    if "://" not in storage and not Path(storage).exists():
+        raise SearchError(f"there is no journal {storage}; start the search first, or give its --storage")
 
 
 def _study_name(study: str | None, task: str) -> str:

@@ -8,8 +8,9 @@ from normsearch.searching.objectives import Objective
 from normsearch.searching.resident import Resident
 from normsearch.searching.results import SearchResult
 from normsearch.searching.sampler import NormSampler
-from normsearch.searching.searches import Search, search
+from normsearch.searching.searches import search
 from normsearch.searching.space import SearchSpace
+from normsearch.searching.stepwise import Search
 from normsearch.searching.storage import check_shared, open_storage
 from normsearch.searching.supernet import sense
 from normsearch.searching.tasks import Recipe, Task, accuracy

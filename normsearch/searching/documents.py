@@ -10,11 +10,11 @@ from normsearch.reports import Environment
 from normsearch.searching import parts, remarks
 from normsearch.searching.findings import Findings
 from normsearch.searching.results import SearchResult
-from normsearch.searching.searches import Search
+from normsearch.searching.stepwise import Search
 
 
 def search_report(
-    found: SearchResult | Search,
+    found: SearchResult | Search | Findings,
     *,
     score: str = "score",
     title: str | None = None,
@@ -25,7 +25,8 @@ def search_report(
     Nothing is run: it holds what the study and the confirmation know.
 
     Args:
-        found: what ``search`` returned; or a ``Search``, of which nothing has been confirmed yet.
+        found: what ``search`` returned; or a ``Search``, of which nothing has been confirmed yet; or the
+            ``Findings`` of a study.
         score: what the objective's first number is, for example ``accuracy``.
         title: what the report is about; by default the study's name.
         notes: what else its readers should know.
@@ -40,7 +41,7 @@ def search_report(
         ['search', 'scores', 'chosen']
 
     """
-    known = Findings.of(found, score)
+    known = found if isinstance(found, Findings) else Findings.of(found, score)
     made = [
         parts.summary(known),
         parts.scores(known),

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
+from normsearch.errors import SearchError
 from normsearch.plans import Plan
 from normsearch.reporting.search_sections import Goal
 from normsearch.searching.confirming import Confirmed, candidates, feasible
 from normsearch.searching.leases import ERROR
 from normsearch.searching.posterior import Effect, Posterior
+from normsearch.searching.resident import Resident
 from normsearch.searching.results import SearchResult
-from normsearch.searching.searches import Search
 from normsearch.searching.space import SearchSpace
-from normsearch.searching.studies import Memory, Settings
+from normsearch.searching.stepwise import Search
+from normsearch.searching.studies import Memory, Settings, opened_study
 from normsearch.searching.trials import counted_trials
 from normsearch.sensitivities import Sensitivity
 
@@ -73,15 +77,47 @@ class Findings:
                 found.same_split,
                 found.sensitivity,
             )
-        done = found.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return cls._unconfirmed(found.study, found.space, found.resident.model, score)
+
+    @classmethod
+    def of_study(
+        cls,
+        model: nn.Module,
+        *,
+        name: str,
+        storage: str | os.PathLike[str] | BaseStorage,
+        score: str = "score",
+    ) -> Findings:
+        """Return what is known of a search that goes on elsewhere, or was interrupted; nothing is run.
+
+        Args:
+            model: the model that is searched.
+            name: of the study.
+            storage: as for ``search``.
+            score: what the first number is called.
+
+        Raises:
+            SearchError: there is no such study, it searches another model, or has not begun its trials.
+
+        """
+        study = opened_study(name, storage)
+        memory = Memory(study)
+        if not memory.has("ready"):
+            raise SearchError(f"the study {name!r} has not begun its trials; look again later")
+        inside = Resident(model).model
+        return cls._unconfirmed(study, memory.space(inside), inside, score)
+
+    @classmethod
+    def _unconfirmed(cls, study: Study, space: SearchSpace, model: nn.Module, score: str) -> Findings:
+        memory = Memory(study)
+        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         best = reference = None
         if any(map(feasible, done)):
-            leading = candidates(found.study, found.space, 1, found.memory.prior())
+            leading = candidates(study, space, 1, memory.prior())
             reference = next((one.number for one in leading if one.uniform is not None), None)
-            sign = -1.0 if found.study.directions[0] == StudyDirection.MINIMIZE else 1.0
+            sign = -1.0 if study.directions[0] == StudyDirection.MINIMIZE else 1.0
             best = max(leading, key=lambda one: sign * one.value).number
-        model = found.resident.model
-        return cls(found.study, found.space, model, score, best, reference, {}, False, found.sensitivity)
+        return cls(study, space, model, score, best, reference, {}, False, memory.sensitivity())
 
     @cached_property
     def memory(self) -> Memory:

@@ -27,6 +27,8 @@ from normsearch.searching.workers import evaluation
 from normsearch.sensitivities import Sensitivity
 from normsearch.site_effects import sensitivity
 
+#: A single change that moves the output this far (relative L2) destroys more than a short training mends.
+VETO = 0.75
 #: Batches that drift is measured on.
 _BATCHES = 4
 #: A search can tell about one choice apart for so many trials.

@@ -25,6 +25,7 @@ from normsearch.searching.constraints import KINDS, Constraint
 from normsearch.searching.costs import CostTable
 from normsearch.searching.space import Choice, SearchSpace
 from normsearch.searching.storage import open_storage
+from normsearch.sensitivities import Sensitivity
 from normsearch.sites import analyse
 
 _PREFIX = "normsearch:"
@@ -190,6 +191,11 @@ class Memory:
         """Return the table of costs; None where it was not measured."""
         return self._validated("costs", _COSTS) if self.has("costs") else None
 
+    def sensitivity(self) -> Sensitivity | None:
+        """Return the drift of single changes; None where there were no inputs to measure it on."""
+        text = self.read("sensitivity")
+        return None if text is None else Sensitivity.from_json(text)
+
     def _validated(self, name: str, adapter: TypeAdapter[Any]) -> Any:
         if not self.has(name):
             raise SearchError(
@@ -214,6 +220,21 @@ def _check_model(space: SearchSpace, model: nn.Module, study: str) -> None:
                 f"the study {study!r} searches a model with {site.layer} of {site.channels} channels at "
                 f"{site.path!r}; this one has {what} there; give the same model"
             )
+
+
+def opened_study(name: str, storage: str | os.PathLike[str] | BaseStorage) -> Study:
+    """Return a study that is there.
+
+    Raises:
+        SearchError: there is none of this name, or the storage cannot be used.
+
+    """
+    opened = open_storage(storage)
+    try:
+        return optuna.load_study(study_name=name, storage=opened)
+    except KeyError:
+        known = ", ".join(optuna.get_all_study_names(opened)) or "none"
+        raise SearchError(f"the storage has no study {name!r}; it has {known}") from None
 
 
 def made_study(

@@ -6,7 +6,6 @@ import os
 import time
 from typing import Any
 
-import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -20,7 +19,7 @@ from normsearch.searching.objectives import Evaluation, Objective
 from normsearch.searching.resident import Resident
 from normsearch.searching.space import SearchSpace
 from normsearch.searching.storage import check_shared, open_storage
-from normsearch.searching.studies import Memory
+from normsearch.searching.studies import Memory, opened_study
 from normsearch.searching.tasks import Task
 from normsearch.searching.trials import counted_trials, run_trials
 
@@ -106,11 +105,7 @@ def join(
     """
     opened = open_storage(storage)
     check_shared(opened)
-    try:
-        study = optuna.load_study(study_name=name, storage=opened)
-    except KeyError:
-        known = ", ".join(optuna.get_all_study_names(opened)) or "none"
-        raise SearchError(f"the storage has no study {name!r}; it has {known}") from None
+    study = opened_study(name, opened)
     memory = Memory(study)
     resident = Resident(model)
     _await(memory, on_progress)

@@ -1,0 +1,219 @@
+"""Search: a search that is driven by hand, one trial after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, Trial, TrialState
+from torch import nn
+
+from normsearch.errors import SearchError
+from normsearch.methods import Method
+from normsearch.plans import Plan
+from normsearch.progress import OnProgress
+from normsearch.searching.checking import check_arguments, check_whole
+from normsearch.searching.concluding import Conclusion
+from normsearch.searching.confirming import Candidate
+from normsearch.searching.constraints import Constraint, checked
+from normsearch.searching.costs import check_cost
+from normsearch.searching.identity import identity
+from normsearch.searching.objectives import Objective, direction_names
+from normsearch.searching.preparing import VETO, prepare
+from normsearch.searching.resident import Resident
+from normsearch.searching.results import SearchResult
+from normsearch.searching.samplers import check_sampler, sampler_named
+from normsearch.searching.space import METHODS
+from normsearch.searching.studies import Memory, Settings, made_study
+from normsearch.searching.tasks import Task
+from normsearch.searching.workers import evaluation, work
+from normsearch.sensitivities import Sensitivity
+
+
+class Search:
+    """A search that can be driven by hand: what ``search`` does, step by step.
+
+    Making one prepares the study: space, costs, veto, ties, prior and first plans, each once for all workers
+    and resumptions. Then ``optimize``, or ``ask`` for a trial, take its ``plan`` (or ``evaluate`` it) and
+    ``tell`` what it scored; at the end ``result``.
+
+    Args: as for ``search``.
+
+    Example:
+        >>> import torch
+        >>> from normsearch.searching import Search
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> run = Search(model, None, methods=["batch", "group"], n_trials=4)
+        >>> trial = run.ask()
+        >>> plan = run.plan(trial)
+        >>> run.tell(trial, 0.5)
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective | Task | None,
+        *,
+        methods: Sequence[str | Method] = METHODS,
+        sites: Iterable[str] | None = None,
+        directions: Sequence[str] = ("maximize",),
+        costs: Sequence[str] = (),
+        constraints: Sequence[Constraint] = (),
+        n_trials: int = 100,
+        storage: str | os.PathLike[str] | BaseStorage | None = None,
+        name: str | None = None,
+        sampler: str | BaseSampler = "auto",
+        seed: int = 0,
+        inputs: Iterable[Any] | None = None,
+        veto: float | None = VETO,
+        sense: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        check_whole("n_trials", n_trials, 1)
+        check_whole("seed", seed, 0)
+        check_arguments(model, methods, sites, veto, name)
+        costs = (costs,) if isinstance(costs, str) else costs
+        self.n_trials = n_trials
+        for cost in costs:
+            check_cost(cost)
+        if isinstance(sampler, str):
+            check_sampler(sampler)
+        self._objective = objective
+        given = objective.inputs() if inputs is None and isinstance(objective, Task) else inputs
+        named = sampler if isinstance(sampler, str) else type(sampler).__name__
+        settings = Settings(
+            methods=tuple(str(m) for m in ([methods] if isinstance(methods, str | Method) else methods)),
+            sites=None if sites is None else tuple([sites] if isinstance(sites, str) else sites),
+            directions=direction_names(directions),
+            costs=tuple(costs),
+            constraints=tuple((type(c).__name__, asdict(c)) for c in checked(constraints)),
+            sampler=named,
+            seed=seed,
+            veto=veto,
+            sense=bool(sense) and isinstance(objective, Task),
+        )
+        self.resident = Resident(model)
+        self.study = made_study(settings, storage, name)
+        self.memory = Memory(self.study)
+        self.memory.keep_settings(settings)
+        self.memory.keep_identity(identity(self.resident, objective))
+        prepare(self.resident, self.memory, objective, given, n_trials, on_progress)
+        self.space = self.memory.space(self.resident.model)
+        self.memory.keep("n_trials", min(self.n_trials, self.space.size))
+        if not isinstance(sampler, BaseSampler):
+            sampler = sampler_named(sampler, self.memory, self.space)
+        self.study.sampler = sampler
+        self._evaluation = evaluation(self.resident, self.space, objective, self.memory)
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """Drift of single changes; None without inputs."""
+        return self.memory.sensitivity()
+
+    def ask(self) -> Trial:
+        """Return the next trial, its parameters suggested.
+
+        Raises:
+            SearchError: all trials are taken.
+
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        if sum(trial.state != TrialState.WAITING for trial in trials) >= self.n_trials:
+            raise SearchError(f"all {self.n_trials} trials were asked for; give a larger n_trials")
+        return self.study.ask(dict(self.space.distributions))
+
+    def plan(self, trial: Trial | FrozenTrial) -> Plan:
+        """Return a trial's plan."""
+        return self.space.plan(trial.params)
+
+    def tell(self, trial: Trial, values: float | Sequence[float]) -> None:
+        """Record a trial's numbers; costs that are objectives are added.
+
+        Raises:
+            SearchError: they are not finite, or not one for each direction.
+
+        """
+        self.study.tell(trial, self._evaluation.with_costs(trial, values))
+
+    def optimize(self, *, on_progress: OnProgress | None = None) -> None:
+        """Run trials until there are ``n_trials``; other workers' count.
+
+        Raises:
+            SearchError: the objective fails again and again.
+
+        """
+        if self._objective is None:
+            raise SearchError("this search has no objective to run; ask and tell by hand, or give one")
+        work(self.study, self._evaluation, self.memory.read("n_trials"), on_progress=on_progress)
+        names = set(self.space.distributions)
+        if self.n_trials > self.space.size and any(set(t.params) - names for t in self.study.get_trials()):
+            # The objective suggests more than the plan: another run of one is no repetition.
+            self.memory.keep("n_trials", self.n_trials)
+            work(self.study, self._evaluation, self.n_trials, on_progress=on_progress)
+
+    def resume(self, number: int) -> Trial:
+        """Return a running trial by its number, its parameters suggested unless they were before.
+
+        Raises:
+            SearchError: there is no such trial.
+
+        """
+        found = [one for one in self.study.get_trials(deepcopy=False) if one.number == number]
+        if not found:
+            raise SearchError(f"the study has no trial {number}; ask for one")
+        trial = Trial(self.study, found[0]._trial_id)
+        for name, distribution in self.space.distributions.items():
+            trial.suggest_categorical(name, distribution.choices)
+        return trial
+
+    def evaluate(self, trial: Trial) -> tuple[float, ...]:
+        """Convert, run the objective on a trial's plan and return its numbers with costs; it is not told.
+
+        Raises:
+            optuna.TrialPruned: a known cost is above what a constraint allows.
+            SearchError: the objective returned something else than finite numbers.
+
+        """
+        return self._evaluation.trial(self.study, trial)
+
+    def unconfirmed(self, *, confirm: int = 5, top: int = 3) -> list[tuple[Candidate, int]]:
+        """Return which plans are still to be run again before ``result``, each with its seed.
+
+        Raises:
+            SearchError: no trial meets the constraints.
+
+        """
+        return self._conclusion.unconfirmed(confirm, top)
+
+    def confirm(self, candidate: Candidate, seed: int) -> float:
+        """Run a plan again under a seed, on data that no trial saw if the objective has some; keep the score.
+
+        Raises:
+            SearchError: it fails.
+
+        """
+        return self._conclusion.confirm(candidate, seed)
+
+    def result(
+        self, *, confirm: int = 5, top: int = 3, on_progress: OnProgress | None = None
+    ) -> SearchResult:
+        """Confirm the best plans and return the one to use, trained.
+
+        Raises:
+            SearchError: no trial meets the constraints, or there is nothing to run.
+
+        """
+        check_whole("confirm", confirm, 0)
+        check_whole("top", top, 1)
+        if self._objective is None:
+            raise SearchError("this search has no objective to confirm by; see study.best_trials instead")
+        return self._conclusion.result(confirm, top, on_progress)
+
+    @property
+    def _conclusion(self) -> Conclusion:
+        return Conclusion(self.study, self.memory, self.space, self._evaluation, self._objective)
