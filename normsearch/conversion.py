@@ -83,10 +83,9 @@ def convert(
         if in_place:
             raise ModelError("an exported program cannot be edited in place; use the return value of convert")
         module = opened(model)
-        the_plan = (
-            to if isinstance(to, Plan) else plan(module, to, inputs=inputs, where=where, weights=weights)
-        )
-        edited = convert(module, the_plan, inputs=inputs, keep=keep, in_place=True)
+        the_plan = _planned(module, to, inputs, where, weights)
+        _check_targets(the_plan, module, keep, in_place=True)
+        edited = replace_layers(module, the_plan, keep, inputs=inputs)
         assert isinstance(edited, fx.GraphModule)
         return closed(edited, {PLAN: the_plan.to_json()})  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
@@ -94,10 +93,7 @@ def convert(
     refused_wrappers(model)
     lazy = inputs is not None and is_lazy(model)
     target = materialised(model, inputs, in_place=in_place) if lazy else model
-    if isinstance(to, Plan):
-        the_plan = _checked(to, target)
-    else:
-        the_plan = plan(target, to, inputs=inputs, where=where, weights=weights)
+    the_plan = _planned(target, to, inputs, where, weights)
     _check_targets(the_plan, model, keep, in_place=in_place)
     if not in_place and not lazy:
         target = copied(model)
@@ -105,6 +101,12 @@ def convert(
     if calls:
         target = _as_graph(target, calls, in_place=in_place)
     return replace_layers(target, the_plan, keep, inputs=inputs, optimizer=optimizer)
+
+
+def _planned(model: nn.Module, to: To | Plan, inputs: Any, where: Where | None, weights: bool) -> Plan:
+    if isinstance(to, Plan):
+        return _checked(to, model)
+    return plan(model, to, inputs=inputs, where=where, weights=weights)
 
 
 def _as_graph(model: nn.Module, calls: Collection[str], *, in_place: bool) -> nn.Module:
