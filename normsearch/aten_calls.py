@@ -101,13 +101,46 @@ class _Noting(ProxyTorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # The kernels' own shapes, not those of their Python counterparts, which take twice as long.
-        with no_python_dispatcher():
-            result = func(*args, **(kwargs or {}))
+        result = _called(func, args, kwargs or {})
         # A number or a dtype is no part of a graph; what it leads to is compared.
         if not isinstance(result, (*_LITERALS[:-1], int, torch.device)):
             self.calls.append((func, args, kwargs or {}, result))
         return result
+
+
+#: The shape of what operators made of arguments of certain shapes, and how many are kept.
+_SHAPES: dict[object, tuple[Any, ...]] = {}
+_MOST_SHAPES = 10_000
+
+
+def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operator on tensors without numbers, once for arguments of the same shapes.
+
+    Finding a shape takes up to a millisecond, and a network has the same ones again and again. What returns
+    its argument or a view of it is always called.
+    """
+    returns = func._schema.returns
+    if len(returns) == 1 and returns[0].alias_info is None:
+        key = (func, _key(args), _key(tuple(kwargs.items())))
+        known = _SHAPES.get(key)
+        if known is not None:
+            size, stride, dtype, device = known
+            return torch.empty_strided(size, stride, dtype=dtype, device=device)
+    # The kernels' own shapes, not those of their Python counterparts, which take twice as long.
+    with no_python_dispatcher():
+        result = func(*args, **kwargs)
+    if len(returns) == 1 and returns[0].alias_info is None and isinstance(result, Tensor):
+        if len(_SHAPES) >= _MOST_SHAPES:
+            _SHAPES.clear()
+        _SHAPES[key] = (result.shape, result.stride(), result.dtype, result.device)
+    return result
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    # A number's type decides the result's.
+    return tuple(map(_key, value)) if isinstance(value, list | tuple) else (type(value), value)
 
 
 class _WithGradients(TorchFunctionMode):
