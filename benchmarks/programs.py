@@ -134,7 +134,9 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "timm/selecsls42": timm("selecsls42"),
     "timm/repghostnet_050": timm("repghostnet_050"),
     "smp/unet_resnet18": unet("resnet18"),
-    "torchvision/lraspp_mobilenet_v3_large": torchvision("lraspp_mobilenet_v3_large", 64, "segmentation"),
+    "torchvision/lraspp_mobilenet_v3_large": torchvision(
+        "lraspp_mobilenet_v3_large", 64, "segmentation", weights_backbone=None
+    ),
     "torchvision/efficientnet_b0": torchvision("efficientnet_b0", 32),
     "timm/dla34": timm("dla34", 32),
     "torchvision/resnet50": torchvision("resnet50", 32),
