@@ -136,8 +136,10 @@ def _leading(gram: Tensor) -> Tensor:
     Source: Golub and Van Loan, Matrix Computations, 2013, section 10.1.
     """
     size = len(gram)
+    leading: Tensor
     if size < _LARGE:
-        return torch.linalg.eigh(gram).eigenvectors[:, -1]
+        leading = torch.linalg.eigh(gram).eigenvectors[:, -1]
+        return leading
     # Always the same start, and none that a matrix is likely to be orthogonal to, as ones would be.
     start = torch.randn(size, dtype=gram.dtype, generator=torch.Generator().manual_seed(0)).to(gram.device)
     basis = gram.new_empty(min(size, _STEPS), size)
@@ -156,11 +158,13 @@ def _leading(gram: Tensor) -> Tensor:
             inside = diagonal[: step + 1].diag() + beside[:step].diag(1) + beside[:step].diag(-1)
             values, vectors = torch.linalg.eigh(inside)
             if beside[step] * vectors[-1, -1].abs() <= _RESIDUAL * values[-1]:
-                return known.t() @ vectors[:, -1]
+                leading = known.t() @ vectors[:, -1]
+                return leading
         if last:
             break
         basis[step + 1] = product / beside[step]
-    return torch.linalg.eigh(gram).eigenvectors[:, -1]
+    leading = torch.linalg.eigh(gram).eigenvectors[:, -1]
+    return leading
 
 
 @dataclass(frozen=True)
