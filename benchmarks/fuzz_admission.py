@@ -374,11 +374,13 @@ def fuzz(
     return outcomes
 
 
-def note(output: Path, kind: str, seed: int, outcomes: Counter[str], seconds: float, grown: int) -> None:
+def note(
+    output: Path, kind: str, count: int, seed: int, outcomes: Counter[str], seconds: float, grown: int
+) -> None:
     """Write what came of one kind of file beside what a file of results holds of others."""
     held = json.loads(output.read_text()) if output.exists() else {}
     held[kind] = {
-        "inputs": outcomes.total(),
+        "inputs": count,
         "seed": seed,
         "outcomes": dict(sorted(outcomes.items())),
         "seconds": round(seconds, 1),
@@ -421,7 +423,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
             assert grown < MOST_GROWTH, f"memory grew by {grown:,} bytes"
-            note(options.output, name, options.seed, outcomes, seconds, grown)
+            note(options.output, name, count, options.seed, outcomes, seconds, grown)
             print(
                 f"{name}: {count:,} mutated files in {seconds:.0f} s, no crash, "
                 f"largest memory grew by {grown / 2**20:.0f} MiB; {dict(outcomes)}",

@@ -219,7 +219,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < MOST_GROWTH, f"memory grew by {grown:,} bytes"
-    note(options.output, "ONNX", options.seed, outcomes, seconds, grown)
+    note(options.output, "ONNX", options.files, options.seed, outcomes, seconds, grown)
     print(
         f"ONNX: {options.files:,} mutated files in {seconds:.0f} s, no crash, "
         f"largest memory grew by {grown / 2**20:.0f} MiB; {dict(outcomes)}"

@@ -17,6 +17,7 @@ import argparse
 import copy
 import glob
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -424,6 +425,7 @@ def timing(output: Path, spellings: list[str], runs: int) -> None:
                 "again": _spread(others),
                 "imported": measured_runs[0]["imported"],
             }
+            found["load_average"] = [round(part, 1) for part in os.getloadavg()]
             output.write_text(json.dumps(found, indent=1) + "\n")
             print(
                 f"{spelling}: first {row['first']['cpu_median']} ({row['first']['cpu_least']}), "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import gc
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
@@ -82,12 +84,13 @@ def convert(
     if isinstance(model, ExportedProgram):
         if in_place:
             raise ModelError("an exported program cannot be edited in place; use the return value of convert")
-        module = opened(model)
-        the_plan = _planned(module, to, inputs, where, weights)
-        _check_targets(the_plan, module, keep, in_place=True)
-        edited = replace_layers(module, the_plan, keep, inputs=inputs)
-        assert isinstance(edited, fx.GraphModule)
-        return closed(edited, {PLAN: the_plan.to_json()})  # type: ignore[return-value]
+        with _collector_waiting():
+            module = opened(model)
+            the_plan = _planned(module, to, inputs, where, weights)
+            _check_targets(the_plan, module, keep, in_place=True)
+            edited = replace_layers(module, the_plan, keep, inputs=inputs)
+            assert isinstance(edited, fx.GraphModule)
+            return closed(edited, {PLAN: the_plan.to_json()})  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
     refused_wrappers(model)
@@ -101,6 +104,18 @@ def convert(
     if calls:
         target = _as_graph(target, calls, in_place=in_place)
     return replace_layers(target, the_plan, keep, inputs=inputs, optimizer=optimizer)
+
+
+@contextmanager
+def _collector_waiting() -> Iterator[None]:
+    """Let nobody look for garbage among the thousands of nodes that are made, none of which is any."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _planned(model: nn.Module, to: To | Plan, inputs: Any, where: Where | None, weights: bool) -> Plan:
