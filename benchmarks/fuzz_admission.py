@@ -1,10 +1,12 @@
 """Mutated checkpoints against admission: no crash, no foreign error, no memory beyond the file's size.
 
     python -m benchmarks.fuzz_admission [--headers 50000] [--archives 20000] [--programs 50000] [--seed 0]
+        [--output benchmarks/results/fuzz_admission.json]
 
 Mutates bytes, JSON, pickles and zip structures of small valid checkpoints. Each must be read, or be refused
 with a NormsearchError; whatever is read is touched to its last number. A crash of the process, another
-exception or growing memory fails the run. Prints the branch coverage of ``normsearch/admission``.
+exception or growing memory fails the run. Each kind of file's outcomes are written where the run is through
+with it (0 leaves a kind out). Prints the branch coverage of ``normsearch/admission``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import platform
 import random
 import resource
 import tempfile
@@ -26,6 +29,8 @@ import numpy as np
 import torch
 from torch import nn
 
+#: Files of each kind under which coverage is measured, which takes several times as long.
+MEASURED = 2_000
 #: How far the largest memory of the process may grow, in bytes.
 MOST_GROWTH = 200 * 2**20
 
@@ -369,36 +374,62 @@ def fuzz(
     return outcomes
 
 
+def note(
+    output: Path, kind: str, count: int, seed: int, outcomes: Counter[str], seconds: float, grown: int
+) -> None:
+    """Write what came of one kind of file beside what a file of results holds of others."""
+    held = json.loads(output.read_text()) if output.exists() else {}
+    held[kind] = {
+        "inputs": count,
+        "seed": seed,
+        "outcomes": dict(sorted(outcomes.items())),
+        "seconds": round(seconds, 1),
+        "memory_growth_bytes": grown,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(held, indent=1) + "\n")
+
+
 def main() -> None:
-    """Run both kinds and print outcomes, memory and coverage."""
+    """Run every kind; write outcomes, print coverage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--headers", type=int, default=50_000)
     parser.add_argument("--archives", type=int, default=20_000)
     parser.add_argument("--programs", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/fuzz_admission.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     measured = coverage.Coverage(branch=True, source_pkgs=["normsearch.admission"], data_file=None)
-    measured.start()
     with tempfile.TemporaryDirectory() as folder:
         kinds = (
-            ("safetensors", safetensors_seeds(), HEADERS, ".safetensors", options.headers),
-            ("torch.save", torch_seeds(), ARCHIVES, ".pth", options.archives),
-            ("torch.export.save", program_seeds(), PROGRAMS, ".pt2", options.programs),
-            ("numpy.savez", array_seeds(), ARRAYS, ".npz", options.archives // 10),
+            ("safetensors", safetensors_seeds, HEADERS, ".safetensors", options.headers),
+            ("torch.save", torch_seeds, ARCHIVES, ".pth", options.archives),
+            ("torch.export.save", program_seeds, PROGRAMS, ".pt2", options.programs),
+            ("numpy.savez", array_seeds, ARRAYS, ".npz", options.archives // 10),
         )
         for name, seeds, mutations, suffix, count in kinds:
-            fuzz(seeds, mutations, suffix, min(count, 100), options.seed, Path(folder))
+            if not count:
+                continue
+            measured.start()
+            files = seeds()
+            fuzz(files, mutations, suffix, min(count, MEASURED), options.seed + 1, Path(folder))
+            measured.stop()
             before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-            outcomes = fuzz(seeds, mutations, suffix, count, options.seed, Path(folder))
+            outcomes = fuzz(files, mutations, suffix, count, options.seed, Path(folder))
+            seconds = time.perf_counter() - start
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
             assert grown < MOST_GROWTH, f"memory grew by {grown:,} bytes"
+            note(options.output, name, count, options.seed, outcomes, seconds, grown)
             print(
-                f"{name}: {count:,} mutated files in {time.perf_counter() - start:.0f} s, no crash, "
-                f"largest memory grew by {grown / 2**20:.0f} MiB; {dict(outcomes)}"
+                f"{name}: {count:,} mutated files in {seconds:.0f} s, no crash, "
+                f"largest memory grew by {grown / 2**20:.0f} MiB; {dict(outcomes)}",
+                flush=True,
             )
-    measured.stop()
-    print("branch coverage of normsearch/admission under the fuzzer:")
+    print(f"branch coverage of normsearch/admission by {MEASURED:,} more of each kind:")
     measured.report(show_missing=True)
 
 

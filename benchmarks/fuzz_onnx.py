@@ -1,10 +1,12 @@
 """Mutated ONNX files against admission: no crash, no foreign error, no memory beyond the file's size.
 
     python -m benchmarks.fuzz_onnx [--files 60000] [--seed 0]
+        [--output benchmarks/results/fuzz_admission.json]
 
 Mutates bytes, wire structure and fields of small valid models. Each must be read, or be refused with a
 NormsearchError; of what is read, sites are found, and what can be converted is, and written. A crash of the
-process, another exception or growing memory fails the run. Prints the branch coverage of the admission code.
+process, another exception or growing memory fails the run. Outcomes are written beside those of other kinds
+of files (``benchmarks.fuzz_admission``). Prints the branch coverage of the admission code.
 """
 
 from __future__ import annotations
@@ -25,10 +27,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from benchmarks.fuzz_admission import MOST_GROWTH, cut, flip, repeat
-
-#: Files under which coverage is measured, which takes twice the time.
-_MEASURED = 2_000
+from benchmarks.fuzz_admission import MEASURED, MOST_GROWTH, cut, flip, note, repeat
 
 _SIZES = [0, 1, 2, 3, 4, 5, -1, 2**31, 2**40, 2**62]
 _WORDS = (
@@ -207,22 +206,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=60_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/fuzz_admission.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     files, sources = seeds(), ["normsearch.admission.onnx_files", "normsearch.admission.protobuf"]
     measured = coverage.Coverage(branch=True, source_pkgs=sources, data_file=None)
     measured.start()
-    fuzz(files, min(options.files, _MEASURED), options.seed)
+    fuzz(files, min(options.files, MEASURED), options.seed + 1)
     measured.stop()
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    outcomes = fuzz(files, options.files, options.seed + 1)
+    outcomes = fuzz(files, options.files, options.seed)
+    seconds = time.perf_counter() - start
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < MOST_GROWTH, f"memory grew by {grown:,} bytes"
+    note(options.output, "ONNX", options.files, options.seed, outcomes, seconds, grown)
     print(
-        f"ONNX: {options.files:,} mutated files in {time.perf_counter() - start:.0f} s, no crash, "
+        f"ONNX: {options.files:,} mutated files in {seconds:.0f} s, no crash, "
         f"largest memory grew by {grown / 2**20:.0f} MiB; {dict(outcomes)}"
     )
-    print(f"branch coverage of the admission of ONNX files by {_MEASURED:,} more:")
+    print(f"branch coverage of the admission of ONNX files by {MEASURED:,} more:")
     measured.report(show_missing=True)
 
 

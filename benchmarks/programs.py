@@ -7,8 +7,8 @@ double precision, small images). Each program is converted, saved, and read by a
 normsearch, which runs it at batch sizes 1, 3 and 8 (those that the model itself takes); the converted model
 runs on the same inputs from the same random state. ``turns`` gives every site another method, all in turn;
 the other methods stand wherever they are not refused. One JSON line for each architecture, mode and method;
-what the file holds already is not done again. ``--summary`` prints what it holds, ``--timing`` how long
-rewriting a ResNet-50 takes.
+what the file holds already is not done again. ``--summary`` prints what it holds; ``--timing FILE`` writes
+how long rewriting a ResNet-50 takes, the first one of a process and later ones.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import argparse
 import copy
 import glob
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -132,7 +135,9 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "timm/selecsls42": timm("selecsls42"),
     "timm/repghostnet_050": timm("repghostnet_050"),
     "smp/unet_resnet18": unet("resnet18"),
-    "torchvision/lraspp_mobilenet_v3_large": torchvision("lraspp_mobilenet_v3_large", 64, "segmentation"),
+    "torchvision/lraspp_mobilenet_v3_large": torchvision(
+        "lraspp_mobilenet_v3_large", 64, "segmentation", weights_backbone=None
+    ),
     "torchvision/efficientnet_b0": torchvision("efficientnet_b0", 32),
     "timm/dla34": timm("dla34", 32),
     "torchvision/resnet50": torchvision("resnet50", 32),
@@ -173,9 +178,14 @@ torch.set_num_threads(1)
 for line in sys.stdin:
     work = json.loads(line)
     results = []
+    program = torch.export.load(work["program"]).module()
+    tensors = [*program.parameters(), *program.buffers()]
+    numbers = [tensor.detach().clone() for tensor in tensors]
     for given in work["inputs"]:
         # Each from the numbers in the file: a forward pass in train mode moves running statistics.
-        program = torch.export.load(work["program"]).module()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, numbers, strict=True):
+                tensor.copy_(value)
         torch.manual_seed(1)
         try:
             with torch.no_grad():
@@ -364,23 +374,75 @@ def summary(path: Path) -> None:
         )
 
 
-def timing() -> None:
-    """Print how long rewriting a ResNet-50 takes: without export, load and save."""
+#: What a process of its own runs: the first rewriting in it, and more.
+_TIMER = """
+import json, sys, time
+import torch, normsearch
+torch.set_num_threads(1)
+program = torch.export.load(sys.argv[1])
+before, times = set(sys.modules), []
+for _ in range(4):
+    start = time.perf_counter(), time.process_time()
+    normsearch.convert(program, [sys.argv[2], "frozen"])
+    times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    imported = sorted(set(sys.modules) - before)
+print(json.dumps({"times": times, "imported": imported}))
+"""
+
+
+def timing(output: Path, spellings: list[str], runs: int) -> None:
+    """Measure how long rewriting a ResNet-50 takes: without export, load and save, in fresh processes."""
     import torchvision as library
 
     model = library.models.resnet50().eval()
-    program = torch.export.export(
-        model, (torch.randn(2, 3, 224, 224),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
-    )
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread; convert(program, method):")
-    for spelling in UNIFORM:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter(), time.process_time()
-            normsearch.convert(program, [spelling, "frozen"])
-            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-        wall, cpu = min(times), times[0]
-        print(f"{spelling}: {wall[0]:.2f} s, {wall[1]:.2f} s of CPU (first time {cpu[1]:.2f})", flush=True)
+    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"methods": {}}
+    found["network"] = "torchvision/resnet50, eval, 224 x 224, open batch size, single precision"
+    found["versions"] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": 1,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "resnet50.pt2"
+        shapes = ({0: torch.export.Dim("batch")},)
+        program = torch.export.export(
+            model, (torch.randn(2, 3, 224, 224),), dynamic_shapes=shapes, strict=False
+        )
+        torch.export.save(program, path)
+        del program, model
+        print("convert(program, method): seconds of CPU, median (least)")
+        for spelling in spellings:
+            measured_runs = []
+            for _ in range(runs):
+                command = [sys.executable, "-W", "ignore", "-c", _TIMER, str(path), spelling]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                measured_runs.append(json.loads(done.stdout))
+            firsts = [run["times"][0] for run in measured_runs]
+            others = [pair for run in measured_runs for pair in run["times"][1:]]
+            found["methods"][spelling] = row = {
+                "first": _spread(firsts),
+                "again": _spread(others),
+                "imported": measured_runs[0]["imported"],
+            }
+            found["load_average"] = [round(part, 1) for part in os.getloadavg()]
+            output.write_text(json.dumps(found, indent=1) + "\n")
+            print(
+                f"{spelling}: first {row['first']['cpu_median']} ({row['first']['cpu_least']}), "
+                f"again {row['again']['cpu_median']} ({row['again']['cpu_least']})",
+                flush=True,
+            )
+
+
+def _spread(pairs: list[list[float]]) -> dict[str, Any]:
+    wall, cpu = zip(*pairs, strict=True)
+    return {
+        "wall_least": round(min(wall), 3),
+        "wall_median": round(median(wall), 3),
+        "cpu_least": round(min(cpu), 3),
+        "cpu_median": round(median(cpu), 3),
+        "runs": len(pairs),
+    }
 
 
 def main() -> None:
@@ -390,11 +452,12 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="*", default=list(ARCHITECTURES))
     parser.add_argument("--methods", nargs="*", default=SPELLINGS)
     parser.add_argument("--summary", action="store_true")
-    parser.add_argument("--timing", action="store_true")
+    parser.add_argument("--timing", type=Path, metavar="FILE")
+    parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.timing:
-        timing()
+        timing(options.timing, [name for name in options.methods if name != TURNS], options.runs)
     elif options.summary:
         summary(options.output)
     else:

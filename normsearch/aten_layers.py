@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import sympy
@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map
 
+from normsearch.aten_calls import Product, Sized, noted
 from normsearch.errors import ModelError
 from normsearch.moments import as_operators
 from normsearch.operators import example
@@ -66,6 +67,15 @@ def written(layer: nn.Module, x: Tensor, *, functional: bool, site: str) -> Writ
 
     """
     state = state_of(layer)
+
+    def forward(x: Tensor, *tensors: Tensor) -> Any:
+        return torch.func.functional_call(layer, dict(zip(state, tensors, strict=True)), (x,))
+
+    if not functional:
+        with as_operators():
+            graph = noted(forward, x, list(state.values()), _memory_format(x))
+        if graph is not None:
+            return _tidied(graph, tuple(state), functional=False)
     mode, symbols = _symbols()
     with mode:
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in state.values()]
@@ -75,9 +85,6 @@ def written(layer: nn.Module, x: Tensor, *, functional: bool, site: str) -> Writ
             device=x.device,
             memory_format=_memory_format(x),
         )
-
-    def forward(x: Tensor, *tensors: Tensor) -> Any:
-        return torch.func.functional_call(layer, dict(zip(state, tensors, strict=True)), (x,))
 
     try:
         with mode, as_operators():
@@ -136,29 +143,50 @@ def _condition(mode: FakeTensorMode) -> str | None:
     return None
 
 
-def in_program(value: Any, x: Tensor, mode: FakeTensorMode) -> Any:
-    """Return a value of ``Written.graph`` as a program has it, whose input there is ``x``."""
-    return tree_map(partial(_translated, x=x, mode=mode), value)
+def in_program(written: Written, x: Tensor, mode: FakeTensorMode) -> dict[fx.Node, Any]:
+    """Return what each node of ``Written.graph`` is in a program whose input there is ``x``."""
+    made: dict[Sized, Tensor] = {}
 
+    def empty(size: Sequence[Any], stride: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty_strided(
+            [number(part) for part in size], [number(part) for part in stride], dtype=dtype, device=device
+        )
 
-def _translated(value: Any, x: Tensor, mode: FakeTensorMode) -> Any:
-    if isinstance(value, Tensor):
-        size, stride = ([_translated(n, x, mode) for n in part] for part in (value.shape, value.stride()))
-        with unguarded(mode):
-            return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
-    if isinstance(value, torch.SymInt | torch.SymFloat):
-        assert mode.shape_env is not None
-        sizes: dict[Any, Any] = {
-            symbol.node.expr: size
-            for symbol, size in zip(_symbols()[1], x.shape, strict=False)
-            if not isinstance(size, int)
+    def number(value: Any) -> Any:
+        if isinstance(value, Product):
+            return value.of(x.shape)
+        return _of_symbols(value, x, mode) if isinstance(value, torch.SymInt | torch.SymFloat) else value
+
+    def translated(value: Any) -> Any:
+        if isinstance(value, Sized):
+            if value not in made:
+                made[value] = empty(value.size, value.stride, value.dtype, value.device)
+            return made[value]
+        if isinstance(value, Tensor):
+            return empty(value.shape, value.stride(), value.dtype, value.device)
+        return number(value)
+
+    with unguarded(mode):
+        return {
+            node: tree_map(translated, node.meta["val"])
+            for node in written.graph.nodes
+            if node.op == "call_function"
         }
-        expression = value.node.expr.xreplace({symbol: size.node.expr for symbol, size in sizes.items()})
-        number = value.node.expr.xreplace({symbol: example(size) for symbol, size in sizes.items()})
-        if isinstance(value, torch.SymFloat):
-            return mode.shape_env.create_symfloatnode(expression, hint=float(number))
-        return mode.shape_env.create_symintnode(expression, hint=int(number))
-    return value
+
+
+def _of_symbols(value: Any, x: Tensor, mode: FakeTensorMode) -> Any:
+    """Return a number of the symbols' world in that of a program."""
+    assert mode.shape_env is not None
+    sizes: dict[Any, Any] = {
+        symbol.node.expr: size
+        for symbol, size in zip(_symbols()[1], x.shape, strict=False)
+        if not isinstance(size, int)
+    }
+    expression = value.node.expr.xreplace({symbol: size.node.expr for symbol, size in sizes.items()})
+    number = value.node.expr.xreplace({symbol: example(size) for symbol, size in sizes.items()})
+    if isinstance(value, torch.SymFloat):
+        return mode.shape_env.create_symfloatnode(expression, hint=float(number))
+    return mode.shape_env.create_symintnode(expression, hint=int(number))
 
 
 @cache

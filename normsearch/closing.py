@@ -89,8 +89,8 @@ class _Closer:
         self.values: dict[fx.Node, Any] = {}
         self.placed: dict[str, fx.Node] = {}
         self.mutations: dict[str, fx.Node] = {}
-        self.templates: dict[object, Written] = {}
-        self.results: dict[object, dict[fx.Node, Any]] = {}
+        #: Layers as operators, and what each of these is in the program, by what decides both.
+        self.templates: dict[object, tuple[Written, dict[fx.Node, Any]]] = {}
         mode = detect_fake_mode([node.meta.get("val") for node in self.program.graph.nodes])
         self.mode = mode if isinstance(mode, FakeTensorMode) else FakeTensorMode()
 
@@ -140,12 +140,14 @@ class _Closer:
                 places.setdefault((holders[full], spec.kind), len(entries))
             entries.append(_Entry(spec, None if full is None else self._tensor(full), None, node, obsolete))
         new: list[tuple[int, _Entry]] = []
+        orders = [_order(entry.spec) for entry in entries]
+        ends = {
+            kind: next((i for i, order in enumerate(orders) if order > rank), len(orders))
+            for rank, kind in enumerate(_ORDER)
+        }
         for path, layer in self.changed.items():
             for spec, tensor in self._new_specs(path, self._layer(layer)):
-                end = next(
-                    (i for i, entry in enumerate(entries) if _order(entry.spec) > _order(spec)), len(entries)
-                )
-                new.append((places.get((path, spec.kind), end), _Entry(spec, tensor)))
+                new.append((places.get((path, spec.kind), ends[spec.kind]), _Entry(spec, tensor)))
         # From the last place to the first, so that places stay what they were.
         new.sort(key=lambda pair: pair[0])
         for place, entry in reversed(new):
@@ -219,9 +221,9 @@ class _Closer:
         value = x.meta["val"]
         key = (_configuration(new), str(tuple(value.shape)), str(value.stride()), value.dtype)
         if key not in self.templates:
-            self.templates[key] = written(new, value, functional=self.functional, site=layer.path)
-        template = self.templates[key]
-        values = self.results.setdefault(key, {})
+            template = written(new, value, functional=self.functional, site=layer.path)
+            self.templates[key] = (template, in_program(template, value, self.mode))
+        template, values = self.templates[key]
         inside: dict[fx.Node, Any] = {}
         state = iter(template.state)
         placeholders = [n for n in template.graph.nodes if n.op == "placeholder"]
@@ -236,8 +238,6 @@ class _Closer:
             if part.op == "output":
                 result = map_arg(part.args[0], inside.__getitem__)
                 continue
-            if part not in values:
-                values[part] = in_program(part.meta["val"], value, self.mode)
             made = inside[part] = self.graph.node_copy(part, inside.__getitem__)
             made.meta = {**_origin(node, new), "val": values[part]}
         assert isinstance(result, fx.Node)
@@ -356,12 +356,12 @@ def _origin(old: fx.Node, new: nn.Module) -> dict[str, Any]:
     return meta
 
 
+#: The kinds of a program's inputs that hold its state, in the order that they have there.
+_ORDER = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
 def _order(spec: InputSpec) -> int:
-    return (
-        (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR).index(spec.kind)
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-        else 3
-    )
+    return _ORDER.index(spec.kind) if spec.kind in _ORDER else len(_ORDER)
 
 
 def _identifier(prefix: str, full: str) -> str:

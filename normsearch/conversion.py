@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import gc
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
@@ -82,22 +84,19 @@ def convert(
     if isinstance(model, ExportedProgram):
         if in_place:
             raise ModelError("an exported program cannot be edited in place; use the return value of convert")
-        module = opened(model)
-        the_plan = (
-            to if isinstance(to, Plan) else plan(module, to, inputs=inputs, where=where, weights=weights)
-        )
-        edited = convert(module, the_plan, inputs=inputs, keep=keep, in_place=True)
-        assert isinstance(edited, fx.GraphModule)
-        return closed(edited, {PLAN: the_plan.to_json()})  # type: ignore[return-value]
+        with _collector_waiting():
+            module = opened(model)
+            the_plan = _planned(module, to, inputs, where, weights)
+            _check_targets(the_plan, module, keep, in_place=True)
+            edited = replace_layers(module, the_plan, keep, inputs=inputs)
+            assert isinstance(edited, fx.GraphModule)
+            return closed(edited, {PLAN: the_plan.to_json()})  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
     refused_wrappers(model)
     lazy = inputs is not None and is_lazy(model)
     target = materialised(model, inputs, in_place=in_place) if lazy else model
-    if isinstance(to, Plan):
-        the_plan = _checked(to, target)
-    else:
-        the_plan = plan(target, to, inputs=inputs, where=where, weights=weights)
+    the_plan = _planned(target, to, inputs, where, weights)
     _check_targets(the_plan, model, keep, in_place=in_place)
     if not in_place and not lazy:
         target = copied(model)
@@ -105,6 +104,24 @@ def convert(
     if calls:
         target = _as_graph(target, calls, in_place=in_place)
     return replace_layers(target, the_plan, keep, inputs=inputs, optimizer=optimizer)
+
+
+@contextmanager
+def _collector_waiting() -> Iterator[None]:
+    """Let nobody look for garbage among the thousands of nodes that are made, none of which is any."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _planned(model: nn.Module, to: To | Plan, inputs: Any, where: Where | None, weights: bool) -> Plan:
+    if isinstance(to, Plan):
+        return _checked(to, model)
+    return plan(model, to, inputs=inputs, where=where, weights=weights)
 
 
 def _as_graph(model: nn.Module, calls: Collection[str], *, in_place: bool) -> nn.Module:

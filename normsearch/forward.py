@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,8 +29,12 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
     """Return the network inside a compiled or DataParallel wrapper and the path prefix it has there."""
     prefix = ""
+    wrappers: list[tuple[type[nn.Module], str]] = [(nn.DataParallel, "module")]
+    # Naming the compiler imports it, for a second; nothing is compiled that was not imported.
+    if "torch._dynamo" in sys.modules:
+        wrappers.append((torch._dynamo.OptimizedModule, "_orig_mod"))
     while True:
-        for wrapper, name in ((nn.DataParallel, "module"), (torch._dynamo.OptimizedModule, "_orig_mod")):
+        for wrapper, name in wrappers:
             if isinstance(model, wrapper):
                 model, prefix = getattr(model, name), f"{prefix}{name}."
                 break

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
@@ -180,6 +181,7 @@ def test_decomposed_programs_too(programs: dict[tuple[bool, bool], ExportedProgr
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export")
 @pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "levit_128s", "mixnet_s"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_real_networks(name: str, training: bool) -> None:
@@ -337,6 +339,62 @@ def test_an_open_batch_size_is_no_number() -> None:
     found = convert(fixed, plan).module()(drawn(4))
     torch.manual_seed(0)
     assert distance(found, convert(model, dict(plan))(drawn(4))) < 1e-12
+
+
+def described(program: ExportedProgram) -> list[Any]:
+    """Every operator on tensors with its arguments and what it makes, open sizes as what they come to."""
+    numbers: dict[fx.Node, Any] = {}
+    found: list[Any] = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | torch.SymFloat):
+            numbers[node] = str(value)
+            continue
+        numbers[node] = len(found)
+        shapes = [
+            (str(t.shape), str(t.stride()), t.dtype) for t in tree_leaves(value) if isinstance(t, Tensor)
+        ]
+        found.append((node.target, map_arg((node.args, node.kwargs), numbers.__getitem__), shapes))
+    return found
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        pytest.param(one, marks=() if one in ("switchable", "spectral") else pytest.mark.slow)
+        for one in UNIFORM
+    ],
+)
+def test_operators_are_those_that_symbols_find(
+    programs: dict[tuple[bool, bool], ExportedProgram], spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for training in (False, True):
+        program = programs[training, False]
+        plan = normsearch.plan(program, [spelling, "frozen", "batch"])
+        noted = convert(program, plan)
+        with monkeypatch.context() as patch:
+            patch.setattr("normsearch.aten_layers.noted", lambda *arguments: None)
+            traced = convert(program, plan)
+        assert described(noted) == described(traced)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["batch_renorm", "switchable", "sparse_switchable", "weight(mean_only=true)"]
+)
+@pytest.mark.parametrize("decomposed", [False, True], ids=["exported", "decomposed"])
+def test_the_variance_of_a_single_value_says_nothing(spelling: str, decomposed: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 10), nn.BatchNorm2d(8))
+    program = exported(randomized(model).train())
+    converted: Any = reloaded(
+        convert(program.run_decompositions() if decomposed else program, spelling)
+    ).module()
+    eager = convert(model, spelling)
+    for batch in (1, 3, 1):
+        assert distance(converted(drawn(batch)), eager(drawn(batch))) < 1e-12
+        buffers = dict(converted.named_buffers())
+        for name, buffer in eager.named_buffers():
+            assert torch.allclose(buffers[name], buffer, rtol=1e-12, atol=0), name
 
 
 def test_what_cannot_be_done_says_so(programs: dict[tuple[bool, bool], ExportedProgram]) -> None:

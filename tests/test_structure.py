@@ -18,7 +18,7 @@ LAYERS = (
     ("errors", "progress", "reparametrization", "layer_sources", "text", "operators"),
     ("forward", "registries", "files", "tables", "batches"),
     ("tracing", "architectures"),
-    ("passes", "observation", "memory"),
+    ("passes", "observation", "memory", "aten_calls"),
     ("moments", "opening"),
     ("lifting", "aten_layers"),
     ("closing",),

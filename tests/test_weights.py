@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import normsearch
 from normsearch import METHODS, NormSite, convert, find_sites, parse_method
 from normsearch.methods import ChannelAffine, MeanOnlyBatchNorm
+from normsearch.methods.spectral import SpectralNorm
 
 SPELLINGS = tuple(WEIGHT_REFERENCES)
 EXACT = [spelling for spelling in SPELLINGS if parse_method(spelling).exact]
@@ -534,3 +535,30 @@ def test_weight_norm_has_second_derivatives() -> None:
     v, g = (part.detach().clone().requires_grad_() for part in (layer.weight_v, layer.weight_g))
     assert torch.autograd.gradcheck(weight, (v, g))
     assert torch.autograd.gradgradcheck(weight, (v, g))
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1.0, 1e25])
+@pytest.mark.parametrize("kind", ["drawn", "one direction", "two largest", "rank one", "orthogonal", "zero"])
+def test_the_largest_singular_value_of_large_weights(kind: str, scale: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(300, 200, generator=generator, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    if kind == "one direction":
+        values[0] = 1e4
+    elif kind == "two largest":
+        values[0] = values[1] = 40.0
+    elif kind == "rank one":
+        values[1:] = 0.0
+    elif kind == "orthogonal":
+        values[:] = 3.0
+    elif kind == "zero":
+        values[:] = 0.0
+    layer = nn.Linear(200, 300, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_((left * values) @ right * scale)
+    largest = float(torch.linalg.matrix_norm(layer.weight.detach().double(), 2))
+    for _ in range(2):
+        normalized = SpectralNorm.normalized(layer, None, gain=True)
+        assert float(normalized.sigma().detach().double()) == pytest.approx(largest, rel=1e-6, abs=0)
+        # The other way round: more columns than rows.
+        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous())

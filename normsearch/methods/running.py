@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normsearch.errors import ShapeError
 from normsearch.methods.base import TrainedNorm
-from normsearch.moments import batch_moments, without_gradients
+from normsearch.moments import batch_moments, is_written_down, without_gradients
 
 #: Mean and variance per channel of a batch, shape (C,), and the number of its samples.
 Statistics = tuple[Tensor, Tensor, int]
@@ -155,9 +155,18 @@ class RunningNorm(nn.Module):
         if step is None:
             step = 0.0
         running_mean.lerp_(mean.detach().to(running_mean.dtype), step)
-        if variance is not None and self.running_var is not None and elements > 1:
+        if variance is None or self.running_var is None:
+            return
+        if is_written_down():
+            # The number is open there, and may be one: then the variance moves to itself.
+            count = variance.new_full((), elements)
+            unbiased = variance.detach() * (count / (count - 1))
+            unbiased = torch.where(count > 1, unbiased, self.running_var)
+        elif elements > 1:
             unbiased = variance.detach() * (elements / (elements - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
+        else:
+            return
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
 
     def scaled(self, scale: Tensor) -> Tensor:
         """Return γ·scale."""

@@ -73,11 +73,16 @@ class SpectralNorm(Reparametrized):
         """Make u and v the leading singular vectors, by the smaller of W Wᵀ and Wᵀ W."""
         matrix = rows(self.weight_orig, self)
         # Without numbers, or with NaN among them, there is nothing to find.
-        if matrix.is_meta or not bool(matrix.isfinite().all()):
+        if matrix.is_meta:
+            return
+        largest = torch.stack(matrix.aminmax()).abs().max()
+        if not bool(largest.isfinite()):
             return
         wide = matrix.shape[0] <= matrix.shape[1]
-        small = (matrix if wide else matrix.t()).double()
-        leading = torch.linalg.eigh(small @ small.t()).eigenvectors[:, -1]
+        small = (matrix if wide else matrix.t()).to(torch.promote_types(matrix.dtype, torch.float32))
+        # Products of its largest numbers must be numbers.
+        small = small / largest.to(small.dtype).clamp_min(smallest(small))
+        leading = _leading((small @ small.t()).double()).to(small.dtype)
         other = F.normalize(small.t() @ leading, dim=0, eps=smallest(small))
         for buffer, vector in zip(
             (self.left, self.right), (leading, other)[:: 1 if wide else -1], strict=True
@@ -114,6 +119,52 @@ class SpectralNorm(Reparametrized):
         """Return the current estimate of the largest singular value of the weight before division."""
         sigma: Tensor = self.left @ (rows(self.weight_orig, self) @ self.right)
         return sigma
+
+
+#: From this size on a few products with a matrix take less than all its eigenvectors, and at most so many.
+_LARGE, _STEPS = 128, 256
+#: How far a vector times the matrix may be from a multiple of itself, relative to the largest eigenvalue.
+_RESIDUAL = 1e-9
+
+
+def _leading(gram: Tensor) -> Tensor:
+    """Return the eigenvector of the largest eigenvalue of a Gram matrix in double precision.
+
+    By Lanczos' method with full orthogonalization, whose residual is known; by all eigenvectors where the
+    matrix is small or that does not settle.
+
+    Source: Golub and Van Loan, Matrix Computations, 2013, section 10.1.
+    """
+    size = len(gram)
+    leading: Tensor
+    if size < _LARGE:
+        leading = torch.linalg.eigh(gram).eigenvectors[:, -1]
+        return leading
+    # Always the same start, and none that a matrix is likely to be orthogonal to, as ones would be.
+    start = torch.randn(size, dtype=gram.dtype, generator=torch.Generator().manual_seed(0)).to(gram.device)
+    basis = gram.new_empty(min(size, _STEPS), size)
+    basis[0] = start / torch.linalg.vector_norm(start)
+    diagonal, beside, check = gram.new_empty(len(basis)), gram.new_empty(len(basis)), 16
+    for step in range(len(basis)):
+        known, product = basis[: step + 1], gram @ basis[step]
+        diagonal[step] = basis[step] @ product
+        # Twice is enough: what the first pass leaves is rounding.
+        for _ in range(2):
+            product = product - known.t() @ (known @ product)
+        beside[step] = torch.linalg.vector_norm(product)
+        last = step + 1 == len(basis)
+        if last or step + 1 == check or not beside[step] > 0:
+            check = check * 3 // 2
+            inside = diagonal[: step + 1].diag() + beside[:step].diag(1) + beside[:step].diag(-1)
+            values, vectors = torch.linalg.eigh(inside)
+            if beside[step] * vectors[-1, -1].abs() <= _RESIDUAL * values[-1]:
+                leading = known.t() @ vectors[:, -1]
+                return leading
+        if last:
+            break
+        basis[step + 1] = product / beside[step]
+    leading = torch.linalg.eigh(gram).eigenvectors[:, -1]
+    return leading
 
 
 @dataclass(frozen=True)
