@@ -804,3 +804,20 @@ def test_what_was_refused_does_not_bind_a_name(tmp_path: Path) -> None:
 def test_ceilings_that_no_plan_meets_are_named() -> None:
     with pytest.raises(SearchError, match="above MaxLatency, the cheapest, trial"):
         normsearch.search(network(), Planted(), **OPTIONS, constraints=[MaxLatency(0)], inputs=[INPUTS])
+
+
+def test_fewer_plans_than_trials_are_told() -> None:
+    def told(trials: int) -> list[str]:
+        seen: list[str] = []
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+        Search(
+            model,
+            None,
+            methods=["batch", "group", "layer"],
+            n_trials=trials,
+            on_progress=lambda step: seen.append(step.detail),
+        )
+        return [detail for detail in seen if "different plans" in detail]
+
+    assert told(3) == []
+    assert told(4) == ["3 different plans are left without what is refused, vetoed or tied"]

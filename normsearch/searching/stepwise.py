@@ -15,7 +15,7 @@ from torch import nn
 from normsearch.errors import SearchError
 from normsearch.methods import Method
 from normsearch.plans import Plan
-from normsearch.progress import OnProgress
+from normsearch.progress import OnProgress, Progress
 from normsearch.searching.checking import check_arguments, check_whole
 from normsearch.searching.concluding import Conclusion
 from normsearch.searching.confirming import Candidate
@@ -105,6 +105,9 @@ class Search:
         prepare(self.resident, self.memory, objective, given, n_trials, on_progress)
         self.space = self.memory.space(self.resident.model)
         self.memory.keep("n_trials", min(self.n_trials, self.space.size))
+        if self.space.size < self.n_trials and on_progress is not None:
+            few = f"{self.space.size} different plans are left without what is refused, vetoed or tied"
+            on_progress(Progress("searching", 0, self.space.size, None, few))
         if not isinstance(sampler, BaseSampler):
             sampler = sampler_named(sampler, self.memory, self.space)
         self.study.sampler = sampler
