@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -75,14 +76,15 @@ class SpectralNorm(Reparametrized):
         # Without numbers, or with NaN among them, there is nothing to find.
         if matrix.is_meta:
             return
-        largest = torch.stack(matrix.aminmax()).abs().max()
-        if not bool(largest.isfinite()):
+        largest = float(torch.stack(matrix.aminmax()).abs().max())
+        if not math.isfinite(largest):
             return
         wide = matrix.shape[0] <= matrix.shape[1]
         small = (matrix if wide else matrix.t()).to(torch.promote_types(matrix.dtype, torch.float32))
-        # Products of its largest numbers must be numbers.
-        small = small / largest.to(small.dtype).clamp_min(smallest(small))
-        leading = _leading((small @ small.t()).double()).to(small.dtype)
+        if not _TAME[0] < largest < _TAME[1]:
+            # Products of its largest numbers must be numbers.
+            small = small / max(largest, smallest(small))
+        leading = _leading((small @ small.t()).double(), torch.finfo(small.dtype).eps).to(small.dtype)
         other = F.normalize(small.t() @ leading, dim=0, eps=smallest(small))
         for buffer, vector in zip(
             (self.left, self.right), (leading, other)[:: 1 if wide else -1], strict=True
@@ -122,18 +124,24 @@ class SpectralNorm(Reparametrized):
 
 
 #: From this size on a few products with a matrix take less than all its eigenvectors, and at most so many.
-_LARGE, _STEPS = 128, 256
-#: How far a vector times the matrix may be from a multiple of itself, relative to the largest eigenvalue.
-_RESIDUAL = 1e-9
+_LARGE, _STEPS = 192, 256
+#: Between these, squares of a weight's largest number and sums of them are safe in single precision.
+_TAME = (1e-9, 1e9)
 
 
-def _leading(gram: Tensor) -> Tensor:
+def _leading(gram: Tensor, precision: float) -> Tensor:
     """Return the eigenvector of the largest eigenvalue of a Gram matrix in double precision.
 
     By Lanczos' method with full orthogonalization, whose residual is known; by all eigenvectors where the
-    matrix is small or that does not settle.
+    matrix is small or that does not settle. The eigenvalue is off by far less than ``precision``.
+
+    Args:
+        gram: the matrix.
+        precision: how far the vector times the matrix may be from a multiple of itself, relative to the
+            largest eigenvalue, from 1e-9 on.
 
     Source: Golub and Van Loan, Matrix Computations, 2013, section 10.1.
+
     """
     size = len(gram)
     leading: Tensor
@@ -157,7 +165,7 @@ def _leading(gram: Tensor) -> Tensor:
             check = check * 3 // 2
             inside = diagonal[: step + 1].diag() + beside[:step].diag(1) + beside[:step].diag(-1)
             values, vectors = torch.linalg.eigh(inside)
-            if beside[step] * vectors[-1, -1].abs() <= _RESIDUAL * values[-1]:
+            if beside[step] * vectors[-1, -1].abs() <= max(precision, 1e-9) * values[-1]:
                 leading = known.t() @ vectors[:, -1]
                 return leading
         if last:
