@@ -188,13 +188,6 @@ def check_sites(the_plan: Plan, sites: Sequence[NormSite], owner: str) -> None:
 
     """
     found = {site.path: site for site in sites}
-    known = {site.path for site in the_plan.sites}
-    left = [site.path for site in sites if site.kind != "weight" and site.path not in known]
-    if left:
-        raise PlanError(
-            f"the plan says nothing of {len(left)} of the {len(sites)} sites of {owner}, {left[0]!r} among "
-            "them; use a plan made for this model, or add rows with the method batch for what should stay"
-        )
     for site, method in the_plan.changes:
         here = found.get(site.path)
         if here is None:
@@ -213,6 +206,13 @@ def check_sites(the_plan: Plan, sites: Sequence[NormSite], owner: str) -> None:
             _check_producer(site, here)
         if method.absorbs(site):
             _check_activation(site, here)
+    known = {site.path for site in the_plan.sites}
+    left = [site.path for site in sites if site.kind != "weight" and site.path not in known]
+    if left:
+        raise PlanError(
+            f"the plan says nothing of {len(left)} of the {len(sites)} sites of {owner}, {left[0]!r} among "
+            "them; use a plan made for this model, or add rows with the method batch for what should stay"
+        )
     refusals = []
     for site, method in the_plan.changes:
         here = found[site.path]

@@ -77,8 +77,7 @@ async function artifactsOf(ids, signal) {
   if (!ids?.length) return [];
   const wanted = new Map(ids.map((id, place) => [id, place]));
   const found = [];
-  const last = ids.toSorted().at(-1);
-  let cursor = `${last}~`;
+  let cursor = following(ids.toSorted().at(-1));
   do {
     const page = await get(`/v1/artifacts?${new URLSearchParams({ limit: 50, cursor })}`, { signal });
     found.push(...page.items.filter((one) => wanted.has(one.id)));
@@ -86,6 +85,12 @@ async function artifactsOf(ids, signal) {
     if (page.items.length && page.items.at(-1).id < ids.toSorted()[0]) break;
   } while (cursor && found.length < ids.length);
   return found.sort((a, b) => wanted.get(a.id) - wanted.get(b.id));
+}
+
+/** Return the id after one: a list begins below its cursor. */
+function following(id) {
+  const [kind, number] = id.split("_");
+  return `${kind}_${(BigInt(`0x${number}`) + 1n).toString(16).padStart(number.length, "0")}`;
 }
 
 function card(label, value, detail) {
