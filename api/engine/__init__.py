@@ -67,6 +67,9 @@ def prepare() -> None:
 
 def run(task: str, argument: bytes, folder: Path, report: Report) -> BaseModel | Failed:
     """Do a piece of work; what the library refuses is an answer, not an exception."""
+    # Torch replaces its thread pool when it is first used after a fork, and ends the process if a thread of a
+    # backward pass looks for it meanwhile: it is used here, while there is one thread.
+    torch.set_num_threads(1)
     form, work = _TASKS[task]
     try:
         made: BaseModel = work(form.model_validate_json(argument) if form else None, folder, report)
