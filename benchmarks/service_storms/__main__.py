@@ -61,7 +61,7 @@ class Storm:
         self._victims = [one for one in VICTIMS if one != "postgresql" or processes.postgresql is not None]
         self._turn = 0
         upload = self._uploaded("data.npz", b"{}")
-        self._dataset = self._posted("/v1/datasets", {"upload": upload})["id"]
+        self._dataset = self._posted("/v1/datasets", {"upload": upload, "targets": "y"})["id"]
 
     def round(self) -> None:
         """Put jobs in, strike, and look at what became of them."""
