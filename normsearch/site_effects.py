@@ -76,7 +76,7 @@ def sensitivity(
         True
 
     """
-    tried = _methods(methods)
+    tried = parsed_methods(methods)
     model = as_module(model)
     count = length_hint(batches)
     iterator = iter(batches)
@@ -86,7 +86,7 @@ def sensitivity(
     if isinstance(model, nn.Module) and is_lazy(model):
         model = materialised(model, copies(first))
     dataflow = any(method.needs_producer for method in tried)
-    found = chosen(analyse(model, copies(first), dataflow=dataflow), sites, model, "measure")
+    found = chosen(analyse(model, copies(first), dataflow=dataflow), sites, type(model).__name__, "measure")
     subject = with_calls_lifted(model, certain=any(site.kind == "functional" for site in found))
     pick = _picking(outputs)
     every = chain([first], iterator)
@@ -150,7 +150,14 @@ def _add(effects: list[_Effect], run: Runs, reference: list[Tensor], pick: Outpu
         stage.advance(f"{effect.site.path}: {effect.method}")
 
 
-def _methods(given: str | Method | Sequence[str | Method]) -> list[Method]:
+def parsed_methods(given: str | Method | Sequence[str | Method]) -> list[Method]:
+    """Return methods to measure, each once.
+
+    Raises:
+        PlanError: there is none.
+        MethodError: a spelling is not valid.
+
+    """
     several = [given] if isinstance(given, str | Method) else list(given)
     if not several:
         raise PlanError("sensitivity got no method; give at least one, for example 'group'")
@@ -159,7 +166,7 @@ def _methods(given: str | Method | Sequence[str | Method]) -> list[Method]:
 
 
 def chosen(
-    found: tuple[NormSite, ...], patterns: Iterable[str] | None, model: nn.Module, purpose: str
+    found: tuple[NormSite, ...], patterns: Iterable[str] | None, name: str, purpose: str
 ) -> list[NormSite]:
     """Return the sites that glob patterns of paths or aliases name; all without patterns.
 
@@ -168,7 +175,7 @@ def chosen(
 
     """
     if not found:
-        raise PlanError(f"{type(model).__name__} has no BatchNorm layer: there is nothing to {purpose}")
+        raise PlanError(f"{name} has no BatchNorm layer: there is nothing to {purpose}")
     if patterns is None:
         return list(found)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)

@@ -23,7 +23,7 @@ from test_api_jobs import artifacts, ended, posted, uploaded
 import normsearch
 from api import engine
 from api.tasks import Source
-from normsearch.reporting import CalibrationPart, Dependence, Document, Layers, Metric, Summary
+from normsearch.reporting import CalibrationPart, Dependence, Document, HeatMap, Layers, Metric, Summary
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx: pip install 'normsearch[onnx]'")
 onnxruntime = pytest.importorskip(
@@ -499,10 +499,25 @@ def test_sensitivity_of_a_program_is_the_librarys(
             assert found["drift"][site][method] == pytest.approx(drift, rel=1e-4)
 
 
+def test_sensitivity_of_a_graph_is_the_librarys(
+    client: TestClient, graph_model: dict[str, Any], twin_data: str, graph: Path, colour: torch.Tensor
+) -> None:
+    body = {"model": graph_model["id"], "dataset": twin_data, "methods": ["group", "instance"]}
+    job = ended(client, posted(client, "/v1/sensitivities", body))
+    made = artifacts(client, job)
+    assert set(made) == {"sensitivity", "report", "page"}
+    found = normsearch.Sensitivity.from_json(made["sensitivity"])
+    expected = onnx_graph.sensitivity(graph, ["group", "instance"], [colour])
+    assert [(one.site, one.method) for one in found.refusals] == [("bn4", "instance")]
+    for site, row in expected.drift.items():
+        for method, drift in row.items():
+            assert found.drift[site][method] == (drift if drift is None else pytest.approx(drift, rel=1e-4))
+    assert Document.from_json(made["report"]).section(HeatMap) is not None
+
+
 @pytest.mark.parametrize(
     ("noun", "kind", "words"),
     [
-        ("sensitivities", "graph_model", "compare the reports"),
         ("searches", "graph_model", "search on a checkpoint"),
         ("searches", "program_model", "search on a checkpoint"),
     ],

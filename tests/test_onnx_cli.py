@@ -20,6 +20,7 @@ from onnx_networks import Twin, proto  # noqa: E402
 
 import normsearch  # noqa: E402
 from normsearch import onnx_graph  # noqa: E402
+from normsearch.reporting import CalibrationPart, Document, HeatMap, Summary  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,39 @@ def test_convert_compare_and_calibrate(folder: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_sensitivity_and_report(folder: Path, tmp_path: Path) -> None:
+    model, inputs = folder / "model.onnx", folder / "inputs.npz"
+    out, plan, calibrated, drifts, page = (
+        tmp_path / name for name in ("out.onnx", "plan.json", "calibrated.onnx", "drifts.json", "page.html")
+    )
+    printed = run("sensitivity", model, "-t", "group,instance", "--inputs", inputs, "-o", drifts).stdout
+    assert "vetoes at" in printed
+    found = normsearch.Sensitivity.from_json(drifts.read_bytes())
+    assert found.drift["bn4"]["instance"] is None
+    run("plan", model, "--to", "group", "-o", plan)
+    run("convert", model, "--plan", plan, "-o", out)
+    run("calibrate", model, out, "--inputs", inputs, "--batch-size", 8, "-o", calibrated)
+    given = ("--plan", plan, "--inputs", inputs, "--calibrated", calibrated, "--sensitivity", drifts)
+    run("report", model, out, *given, "-o", page)
+    made = Document.from_json(page.with_suffix(".json").read_bytes())
+    assert made.title == "model.onnx"
+    assert made.section(CalibrationPart) is None  # the file does not say what calibration did
+    summary, drift = made.section(Summary), made.section(HeatMap)
+    assert drift is not None
+    assert [row.site for row in drift.rows] == ["bn1", "bn2", "bn3", "bn4"]
+    assert summary is not None
+    assert summary.converted is not None
+    assert summary.calibrated is not None
+    assert (summary.calibrated.relative_l2 or 1) < (summary.converted.relative_l2 or 0)
+    assert "bn3" in page.read_text()
+    # A plan of another conversion, and one of another network.
+    assert "has 4; give the plan" in run("report", model, model, "--plan", plan, "--json", fails=1).stderr
+    other = json.loads(plan.read_text())
+    other["rows"][0]["site"]["path"] = "elsewhere"
+    plan.write_text(json.dumps(other))
+    assert "'elsewhere'" in run("report", model, out, "--plan", plan, "--json", fails=1).stderr
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
@@ -102,6 +136,9 @@ def test_convert_compare_and_calibrate(folder: Path, tmp_path: Path) -> None:
         (("convert", "broken.onnx", "--to", "group", "-o", "out.onnx"), 1, "broken.onnx"),
         (("compare", "model.onnx", "inputs.npz", "--input-shape", "3x8x8"), 1, "give ONNX files only"),
         (("compare", "model.onnx", "model.onnx", "--input-shape", "4x8x8"), 1, "failed on the given inputs"),
+        (("report", "model.onnx", "model.onnx", "-o", "r.html"), 2, "does not say how it was converted"),
+        (("report", "a.pth", "b.pth", "--plan", "plan.json", "-o", "r.html"), 2, "ONNX files alone"),
+        (("sensitivity", "model.onnx", "--input-shape", "3x8x8", "-a", "timm/resnet18"), 2, "no such option"),
         (("profile", "model.onnx", "--input-shape", "3x8x8", "-a", "timm/resnet18"), 1, "is an ONNX model"),
         (
             (

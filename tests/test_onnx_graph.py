@@ -243,6 +243,10 @@ def test_subgraphs_are_rewritten_too() -> None:
         wanted = normsearch.convert(torch.nn.Sequential(norm()), spelling)(x)
         torch.testing.assert_close(run(converted, x), wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(run(converted, x + 20), x + 20)
+    network = torch.nn.Sequential(norm())
+    expected = normsearch.sensitivity(network, "group(groups=2)", [x]).drift["0"]["group(groups=2)"]
+    found = onnx_graph.sensitivity(original, "group(groups=2)", [x]).drift["inner"]["group(groups=2)"]
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_sites_of_one_name_are_told_apart() -> None:

@@ -318,7 +318,7 @@ def test_files_that_need_no_architecture(
     assert page.locator("#sites .body [role=row]").count() == 2
     assert "Architecture" not in page.inner_text("#model-facts")
     offered = page.locator("#run-tabs [role=tab]:visible").all_inner_texts()
-    assert offered == (["Convert", "Measure sensitivity"] if suffix == "pt2" else ["Convert"])
+    assert offered == ["Convert", "Measure sensitivity"]
     assert "search" in page.inner_text("#run-help").lower()
     page.select_option("#all", "group")
     page.wait_for_selector("#summary:has-text('group')")

@@ -33,7 +33,6 @@ from normsearch.methods import METHODS
 from normsearch.plans import Plan
 from normsearch.rebuilding import script_names, scripts
 from normsearch.reporting import Document, parts
-from normsearch.reports import Environment
 
 
 class Writing:
@@ -195,12 +194,12 @@ def sensitivity(asked: Sensing, folder: Path, report: Report) -> Sensed:
     before = original(asked.source, folder)
     given = data.inputs(before, asked.data, asked.input_shape, folder)
     methods = asked.methods or tuple(name for name in METHODS if name != "batch")
-    found = normsearch.sensitivity(
+    found: normsearch.Sensitivity = before.library.sensitivity(
         before.model, methods, given, sites=asked.sites, on_progress=following(report)
     )
     vetoes = found.vetoes(asked.threshold)
     # What a network is like, before anything is changed: the plan that changes nothing.
-    plan = normsearch.plan(before.model, "batch")
+    plan = before.library.plan(before.model, "batch")
     notes = data.notes_on(asked.data, given)
     sections = (
         parts.heat_map(found, plan, asked.threshold),
@@ -211,7 +210,7 @@ def sensitivity(asked: Sensing, folder: Path, report: Report) -> Sensed:
     written.report(
         Document(
             title=title(asked.source, before),
-            environment=Environment.here(before.model),
+            environment=found.environment,
             normsearch=normsearch.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             sections=tuple(part for part in sections if part is not None),

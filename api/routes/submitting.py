@@ -26,10 +26,6 @@ from api.schemas import Dataset
 router = APIRouter(prefix="/v1", tags=["jobs"])
 #: What cannot be asked of a model, by its format, and the way out.
 _REFUSED: dict[jobs.Kind, dict[str, str]] = {
-    "sensitivity": {
-        "onnx": "sensitivity is measured with torch, and this is an ONNX file; convert it with one method at "
-        "a time and a dataset, and compare the reports",
-    },
     "search": {
         "onnx": "a search trains, and an ONNX file is for inference; search on a checkpoint of the network, "
         "and export its result",

@@ -32,6 +32,8 @@ from normsearch.text import STEPS, percent
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from normsearch.reporting import Document
+
 SUFFIX = ".onnx"
 
 #: ``--image-size``, ``--mean`` and ``--std``.
@@ -214,6 +216,44 @@ def calibrate(
         typer.echo(f"{name}: held-out error {percent(rung.error)}, {kept}, {rung.seconds:.1f} s")
     typer.echo(f"held-out error {percent(record.error.before)} before, {percent(record.error.after)} after")
     typer.echo(f"wrote {output}")
+
+
+def report(
+    paths: tuple[Path, Path, Path | None],
+    plan_file: Path,
+    shape: str | None,
+    inputs: Path | None,
+    batch_size: int,
+    images: Images,
+    samples: int,
+    *,
+    notes: Sequence[str],
+    **options: Any,
+) -> Document:
+    """Measure the conversion of a file.
+
+    Args:
+        paths: the model before, after conversion, and after calibration.
+        plan_file: the plan that converted it.
+        shape: ``--input-shape``.
+        inputs: ``--inputs``.
+        batch_size: ``--batch-size``.
+        images: ``--image-size``, ``--mean`` and ``--std``.
+        samples: the most samples.
+        notes: what else readers should know.
+        options: for ``document``.
+
+    """
+    plan = read_plan(plan_file)
+    before, after, *calibrated = [load(path) for path in paths if path is not None]
+    given = inputs_for(before, shape, batch_size, inputs, images, samples)
+    notes = (*notes, *(() if given is None else given.notes))
+    last = calibrated[0] if calibrated else None
+    with following() as follow:
+        found: Document = library().document(
+            before, after, plan, given, calibrated=last, notes=notes, on_progress=follow, **options
+        )
+    return found
 
 
 def _check_suffix(output: Path | None) -> None:

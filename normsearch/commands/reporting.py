@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import normsearch
 from normsearch.arguments import read_methods, read_text
+from normsearch.commands import onnx_files
 from normsearch.commands.options import (
     Arch,
     Arguments,
@@ -89,13 +90,20 @@ def sensitivity(
     if output is not None:
         refuse_outputs([output], [checkpoint, inputs], force=force)
     tried = read_methods(to) if to else [name for name in METHODS if name != "batch"]
-    loaded = loaded_from(checkpoint, architecture, arguments, entry)
-    given = given_inputs(loaded.model, input_shape, batch_size, inputs, (image_size, mean, std), samples)
+    images = (image_size, mean, std)
+    model: Any
+    if onnx_files.is_onnx(checkpoint):
+        onnx_files.refuse_options(architecture=architecture, arguments=arguments, entry=entry)
+        model, library = onnx_files.load(checkpoint), onnx_files.library()
+        given = onnx_files.inputs_for(model, input_shape, batch_size, inputs, images, samples)
+    else:
+        model, library = loaded_from(checkpoint, architecture, arguments, entry).model, normsearch
+        given = given_inputs(model, input_shape, batch_size, inputs, images, samples)
     assert given is not None
     if inputs is None:
         typer.echo(f"note: {_NOISE}", err=True)
     with following() as follow:
-        found = normsearch.sensitivity(loaded.model, tried, given, sites=sites, on_progress=follow)
+        found: Sensitivity = library.sensitivity(model, tried, given, sites=sites, on_progress=follow)
     vetoes = found.vetoes(threshold)
     if output is not None:
         write_text(output, found.to_json(), force=force)
@@ -133,6 +141,14 @@ def report(
         Path | None,
         typer.Option("--sensitivity", help="What `normsearch sensitivity -o` wrote.", show_default=False),
     ] = None,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            help="The plan that converted an ONNX file, as `normsearch plan -o` writes it.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Where to: NAME.html, beside which NAME.json is written."),
@@ -157,6 +173,8 @@ def report(
 
     normsearch report resnet50.pth converted.safetensors --architecture torchvision/resnet50
     --inputs images/ -o report.html
+
+    normsearch report model.onnx out.onnx --plan plan.json --inputs inputs.npz -o report.html
     """
     if output is None and not as_json:
         raise typer.BadParameter("say where to write, for example -o report.html", param_hint="--output")
@@ -165,13 +183,39 @@ def report(
         return
     if converted is None:
         raise typer.BadParameter("give the converted checkpoint after the original", param_hint="CONVERTED")
+    if onnx_files.is_onnx(original, converted, calibrated) != (plan_file is not None):
+        raise typer.BadParameter(
+            "the checkpoint says its plan itself; give one with ONNX files alone"
+            if plan_file is not None
+            else "an ONNX file does not say how it was converted; give what `normsearch plan -o` wrote",
+            param_hint="--plan",
+        )
     if output is not None:
         refuse_outputs(
             [output.with_suffix(".html"), output.with_suffix(".json")],
-            [original, converted, calibrated, sensitivity_file, inputs],
+            [original, converted, calibrated, sensitivity_file, plan_file, inputs],
             force=force,
         )
     measured = None if sensitivity_file is None else Sensitivity.from_json(read_text(sensitivity_file))
+    images, noise = (image_size, mean, std), (_NOISE,) if input_shape else ()
+    if plan_file is not None:
+        onnx_files.refuse_options(architecture=architecture, arguments=arguments, entry=entry)
+        made = onnx_files.report(
+            (original, converted, calibrated),
+            plan_file,
+            input_shape,
+            inputs,
+            batch_size,
+            images,
+            samples,
+            sensitivity=measured,
+            threshold=threshold,
+            logits=logits,
+            title=title or original.name,
+            notes=noise,
+        )
+        _write(made, output, force=force, as_json=as_json)
+        return
     before = loaded_from(original, architecture, arguments, entry)
     after, plan = converted_from(converted, before)
     last = None if calibrated is None else converted_from(calibrated, before)
@@ -179,7 +223,7 @@ def report(
         fail(
             f"{calibrated} has another plan than {converted}; give the calibrated form of the same conversion"
         )
-    given = given_inputs(before.model, input_shape, batch_size, inputs, (image_size, mean, std), samples)
+    given = given_inputs(before.model, input_shape, batch_size, inputs, images, samples)
     with following() as follow:
         made = document(
             before.model,
@@ -191,7 +235,7 @@ def report(
             threshold=threshold,
             logits=logits,
             title=title or name_of(before, original),
-            notes=(*((_NOISE,) if input_shape else ()), *(() if given is None else given.notes)),
+            notes=(*noise, *(() if given is None else given.notes)),
             on_progress=follow,
         )
     _write(made, output, force=force, as_json=as_json)

@@ -6,6 +6,7 @@ from normsearch.onnx_graph.files import load, save
 from normsearch.onnx_graph.measuring import compare
 from normsearch.onnx_graph.planning import explain, find_sites, plan
 from normsearch.onnx_graph.reporting import document
+from normsearch.onnx_graph.sensitivity import sensitivity
 
 __all__ = [
     "calibrate",
@@ -18,4 +19,5 @@ __all__ = [
     "load",
     "plan",
     "save",
+    "sensitivity",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, get_args
 
 import onnx_ir as ir
@@ -81,10 +82,22 @@ def convert(
     else:
         the_plan = plan(target, to, inputs=inputs, where=where)
     by_path = {place.site.path: place for place in found}
-    version, taken = opset(target), names(target)
-    for site, method in the_plan.changes:
-        _replace(target, by_path[site.path], method, keep, version, taken)
+    replace(target, [(by_path[site.path], method) for site, method in the_plan.changes], keep)
     return target
+
+
+def replace(model: ir.Model, changes: Iterable[tuple[Place, Method]], keep: Keep = "function") -> None:
+    """Put what methods build in the places of nodes of a model, which is changed.
+
+    Args:
+        model: the model.
+        changes: places in it, each with a method that may stand there.
+        keep: as for ``normsearch.convert``.
+
+    """
+    version, taken = opset(model), names(model)
+    for place, method in changes:
+        _replace(model, place, method, keep, version, taken)
 
 
 def _replace(

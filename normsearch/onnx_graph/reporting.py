@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from normsearch.calibration import Calibration
+from normsearch.conversion import check_sites
+from normsearch.errors import PlanError
 from normsearch.forward import try_call
 from normsearch.onnx_graph.calibration import calibration_record
 from normsearch.onnx_graph.files import Source, opened
 from normsearch.onnx_graph.measuring import Metric, compare, parameters
+from normsearch.onnx_graph.planning import name_of
 from normsearch.onnx_graph.running import Runtime, stand_in
 from normsearch.onnx_graph.sites import find_places
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Stage
 from normsearch.reporting import Document, parts, sections
 from normsearch.reports import Environment
+from normsearch.sensitivities import THRESHOLD, Sensitivity
 from normsearch.site_outputs import SiteDrift
 
 
@@ -32,6 +36,8 @@ def document(
     *,
     calibrated: Source | None = None,
     calibration: Calibration | None = None,
+    sensitivity: Sensitivity | None = None,
+    threshold: float = THRESHOLD,
     metric: Metric | None = None,
     metric_name: str = "metric",
     logits: bool = False,
@@ -51,6 +57,8 @@ def document(
         batches: inputs, never labels, as for ``compare``; an iterator that runs out is kept in memory.
         calibrated: the model after calibration, or its path.
         calibration: what calibration did; by default what ``calibration_record`` knows.
+        sensitivity: of the original, measured before; its vetoes are marked.
+        threshold: the drift above which a method is vetoed at a site.
         metric: as for ``compare``.
         metric_name: what to call it.
         logits: as for ``compare``.
@@ -60,6 +68,7 @@ def document(
 
     Raises:
         CheckpointError: a file cannot be read.
+        PlanError: the plan is not of the original, or not what made the converted model.
         ModelError: a model fails, outputs do not match, or there is no batch.
 
     Example:
@@ -77,6 +86,7 @@ def document(
     """
     before = opened(original)
     models = [opened(converted), *([] if calibrated is None else [opened(calibrated)])]
+    _check(plan, before, models)
     if calibration is None and calibrated is not None:
         calibration = calibration_record(models[-1])
     found = None if batches is None else _measure(before, models, plan, batches, logits, on_progress)
@@ -96,9 +106,11 @@ def document(
     if calibration is not None:
         made.append(parts.calibration(calibration))
     made.append(parts.layers(plan, found))
+    if sensitivity is not None:
+        made.append(parts.heat_map(sensitivity, plan, threshold))
     if found is not None:
         made.append(found.dependence)
-    made.append(parts.notes(plan, notes, found, ()))
+    made.append(parts.notes(plan, notes, found, () if sensitivity is None else sensitivity.refusals))
     # The package imports this module.
     from normsearch import __version__
 
@@ -109,6 +121,19 @@ def document(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         sections=tuple(part for part in made if part is not None),
     )
+
+
+def _check(plan: Plan, original: ir.Model, models: Sequence[ir.Model]) -> None:
+    """Raise unless a plan is of a model, and leaves as many BatchNormalization nodes as others have."""
+    check_sites(plan, [place.site for place in find_places(original)], name_of(original))
+    left = len(plan.sites) - len(plan.changes)
+    for model in models:
+        found = len(find_places(model))
+        if found != left:
+            raise PlanError(
+                f"the plan leaves {left} BatchNormalization nodes and {name_of(model)} after conversion has "
+                f"{found}; give the plan that converted it"
+            )
 
 
 def _measure(

@@ -18,7 +18,7 @@ export const kind = (model) => model.architecture ?? (isOnnx(model) ? "ONNX file
 /** Return the kinds of jobs that can be run on a model, and why not the others. */
 export function jobsOf(model) {
   if (isOnnx(model)) {
-    return { kinds: ["conversions"], why: "Sensitivity and searches need a network of torch; an ONNX file is converted and calibrated. Search on a checkpoint of the network, and export its result." };
+    return { kinds: ["conversions", "sensitivities"], why: "A search trains, and an ONNX file is for inference: search on a checkpoint of the network, and export its result." };
   }
   if (isProgram(model)) {
     return { kinds: ["conversions", "sensitivities"], why: "A search trains, and an exported program stays in the mode that it was exported in. The plan of a search on its checkpoint fits the program too, since the sites have the same paths: give it to POST /v1/conversions." };
