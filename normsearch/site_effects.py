@@ -86,7 +86,7 @@ def sensitivity(
     if isinstance(model, nn.Module) and is_lazy(model):
         model = materialised(model, copies(first))
     dataflow = any(method.needs_producer for method in tried)
-    found = chosen(analyse(model, copies(first), dataflow=dataflow), sites, type(model).__name__, "measure")
+    found = chosen(analyse(model, copies(first), dataflow=dataflow), sites, model, "measure")
     subject = with_calls_lifted(model, certain=any(site.kind == "functional" for site in found))
     pick = _picking(outputs)
     every = chain([first], iterator)
@@ -166,6 +166,13 @@ def parsed_methods(given: str | Method | Sequence[str | Method]) -> list[Method]
 
 
 def chosen(
+    found: tuple[NormSite, ...], patterns: Iterable[str] | None, model: nn.Module, purpose: str
+) -> list[NormSite]:
+    """Return the sites of a network of torch that patterns name, as ``matching`` does."""
+    return matching(found, patterns, type(model).__name__, purpose)
+
+
+def matching(
     found: tuple[NormSite, ...], patterns: Iterable[str] | None, name: str, purpose: str
 ) -> list[NormSite]:
     """Return the sites that glob patterns of paths or aliases name; all without patterns.

@@ -22,7 +22,7 @@ from normsearch.plans import refusal_at
 from normsearch.progress import OnProgress, Stage
 from normsearch.reports import Environment
 from normsearch.sensitivities import Sensitivity
-from normsearch.site_effects import chosen, parsed_methods
+from normsearch.site_effects import matching, parsed_methods
 
 
 def sensitivity(
@@ -76,7 +76,7 @@ def sensitivity(
         raise ModelError("sensitivity got no batch; give at least one input")
     found = places(graph, given[0])
     every = tuple(place.site for place in found)
-    wanted = {site.path for site in chosen(every, sites, name_of(graph), "measure")}
+    wanted = {site.path for site in matching(every, sites, name_of(graph), "measure")}
     candidates = _Candidates(graph, given)
     stage = Stage("sensitivity", len(wanted) * len(tried), on_progress)
     drift: dict[str, dict[str, float | None]] = {}

@@ -102,7 +102,7 @@ class SearchSpace:
         parsed = _parsed(methods)
         dataflow = any(method.needs_dataflow for method in parsed)
         found = analyse(model, inputs, dataflow=dataflow)
-        searched = chosen(found, sites, type(model).__name__, "search")
+        searched = chosen(found, sites, model, "search")
         refusals: list[Refusal] = []
         allowed: dict[str, tuple[str, ...]] = {}
         for site in searched:
