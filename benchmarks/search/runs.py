@@ -85,6 +85,7 @@ CONTENDERS = {
     "NormSampler": Contender(lambda _, seed: NormSampler(seed=seed), 100, ours=True),
     "prior .4": Contender(with_prior(0.4), 50, ours=True),
     "prior .6": Contender(with_prior(0.6), 50, ours=True),
+    "exact prior": Contender(with_prior(1.0), 50, ours=True),
     "misleading prior": Contender(with_prior(-0.6), 100, ours=True),
     "unrelated prior": Contender(with_prior(0.0), 100, ours=True),
     "TPE": Contender(lambda _, seed: TPESampler(seed=seed), 200),
