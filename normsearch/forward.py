@@ -146,6 +146,8 @@ def try_call(model: nn.Module, inputs: Any) -> Any:
     """
     try:
         return call(model, inputs)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} failed on the given inputs with {type(error).__name__}: {error}. "

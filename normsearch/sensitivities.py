@@ -55,7 +55,7 @@ class Sensitivity:
             PlanError: the threshold is no number above 0.
 
         """
-        _check(threshold)
+        check_threshold(threshold)
         vetoed = {
             site: tuple(m for m in self.methods if self._vetoed(site, m, threshold)) for site in self.sites
         }
@@ -84,7 +84,7 @@ class Sensitivity:
             {'1': 'group'}
 
         """
-        _check(threshold)
+        check_threshold(threshold)
         spellings = [
             str(method if isinstance(method, Method) else parse_method(method)) for method in methods
         ]
@@ -158,7 +158,13 @@ class Sensitivity:
         return table
 
 
-def _check(threshold: float) -> None:
+def check_threshold(threshold: float) -> None:
+    """Raise unless drifts can be above and below a threshold.
+
+    Raises:
+        PlanError: it is no number above 0.
+
+    """
     if not threshold > 0:
         raise PlanError(f"threshold={threshold}: give a drift above 0")
 

@@ -109,12 +109,48 @@ def test_sensitivity_and_report(folder: Path, tmp_path: Path) -> None:
     assert summary.calibrated is not None
     assert (summary.calibrated.relative_l2 or 1) < (summary.converted.relative_l2 or 0)
     assert "bn3" in page.read_text()
-    # A plan of another conversion, and one of another network.
-    assert "has 4; give the plan" in run("report", model, model, "--plan", plan, "--json", fails=1).stderr
-    other = json.loads(plan.read_text())
-    other["rows"][0]["site"]["path"] = "elsewhere"
-    plan.write_text(json.dumps(other))
+    # A plan of another network, and what another conversion made, with as many layers left.
+    for changed, which in (
+        ((model, "converted"), (model,)),
+        ((out, "calibrated"), (out, "--calibrated", model)),
+    ):
+        said = run("report", model, *which, "--plan", plan, "--json", fails=1).stderr
+        assert f"the {changed[1]} model is not what the plan makes" in said
+    identity = tmp_path / "identity.onnx"
+    run("convert", model, "--to", "identity", "-o", identity)
+    run("report", model, identity, "--plan", plan, "--json", fails=1)
+    text = plan.read_text()
+    plan.write_text(text.replace("groups=2", "groups=4"))
+    run("report", model, out, "--plan", plan, "--json", fails=1)
+    plan.write_text(text.replace('"path": "bn2"', '"path": "elsewhere"'))
     assert "'elsewhere'" in run("report", model, out, "--plan", plan, "--json", fails=1).stderr
+    # A sensitivity of another network.
+    plan.write_text(text)
+    drifts.write_text(drifts.read_text().replace("bn2", "bn9"))
+    said = run("report", model, out, "--plan", plan, "--sensitivity", drifts, "--json", fails=1).stderr
+    assert "the site 'bn9'" in said
+
+
+def test_a_fixed_batch_size_is_kept_to(tmp_path: Path) -> None:
+    from onnx import parser
+
+    fixed = tmp_path / "fixed.onnx"
+    text = '<ir_version: 8, opset_import: ["": 21]> g (float[4,2,4,4] x) => (float[4,2,4,4] y)'
+    text += "<float[2] s = {1, 1}, float[2] b = {0, 0}> {y = BatchNormalization(x, s, b, b, s)}"
+    onnx.save(parser.parse_model(text), fixed)
+    inputs = tmp_path / "inputs.npz"
+    np.savez(inputs, np.random.default_rng(0).normal(size=(10, 2, 4, 4)).astype(np.float32))
+    result = run("sensitivity", fixed, "--to", "instance", "--inputs", inputs, "--json")
+    assert "batches of 4 samples alone" in result.stderr
+    samples = torch.from_numpy(np.load(inputs)["arr_0"])
+    used = samples[torch.linspace(0, 9, 8).round().long()].split(4)
+    wanted = onnx_graph.sensitivity(fixed, "instance", used)
+    assert json.loads(result.stdout)["drift"]["y"]["instance"] == pytest.approx(
+        wanted.drift["y"]["instance"], rel=0.2
+    )
+    np.savez(inputs, np.zeros((3, 2, 4, 4), np.float32))
+    said = run("sensitivity", fixed, "--to", "instance", "--inputs", inputs, fails=1).stderr
+    assert "takes batches of 4 samples, and 3 are given" in said
 
 
 @pytest.mark.parametrize(
@@ -136,6 +172,13 @@ def test_sensitivity_and_report(folder: Path, tmp_path: Path) -> None:
         (("convert", "broken.onnx", "--to", "group", "-o", "out.onnx"), 1, "broken.onnx"),
         (("compare", "model.onnx", "inputs.npz", "--input-shape", "3x8x8"), 1, "give ONNX files only"),
         (("compare", "model.onnx", "model.onnx", "--input-shape", "4x8x8"), 1, "failed on the given inputs"),
+        (("sensitivity", "model.onnx", "--input-shape", "3x8x8", "--threshold", "0"), 1, "a drift above 0"),
+        (("sensitivity", "model.onnx", "--input-shape", "4x8x8"), 1, "it takes x float (batch, 3, 8, 8)"),
+        (
+            ("report", "model.onnx", "model.onnx", "--plan", "plan.json", "-o", "r.pdf"),
+            1,
+            "written as .html and .json",
+        ),
         (("report", "model.onnx", "model.onnx", "-o", "r.html"), 2, "does not say how it was converted"),
         (("report", "a.pth", "b.pth", "--plan", "plan.json", "-o", "r.html"), 2, "ONNX files alone"),
         (("sensitivity", "model.onnx", "--input-shape", "3x8x8", "-a", "timm/resnet18"), 2, "no such option"),

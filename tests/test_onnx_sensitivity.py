@@ -11,6 +11,8 @@ from normsearch.errors import ModelError, PlanError
 pytest.importorskip("onnx", reason="needs the extra onnx: pip install 'normsearch[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs the extra onnx: pip install 'normsearch[onnx]'")
 
+import onnx_ir
+from onnx import parser
 from onnx_networks import Twin, model
 
 from normsearch import onnx_graph
@@ -54,6 +56,36 @@ def test_a_single_site_is_changed_and_the_model_stays(batches: list[torch.Tensor
     assert len(onnx_graph.find_sites(graph)) == 4
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_sites_that_no_output_depends_on_are_refused(taken: bool) -> None:
+    """A branch that is not taken, and a node whose output nothing reads."""
+    text = f"""
+        <ir_version: 8, opset_import: ["": 21]> g (float[N,2,4,4] x) => (float[N,2,4,4] y)
+        <float[2] s = {{1, 1}}, float[2] b = {{0, 0}}, bool c = {{{int(taken)}}}> {{
+            unread = BatchNormalization(x, s, b, b, s)
+            y = If(c) <
+                then_branch = then () => (float[N,2,4,4] inner) {{inner = BatchNormalization(x, s, b, b, s)}},
+                else_branch = other () => (float[N,2,4,4] same) {{same = Identity(x)}}>
+        }}"""
+    graph = onnx_ir.from_proto(parser.parse_model(text))
+    found = onnx_graph.sensitivity(graph, ["frozen", "instance"], [torch.randn(3, 2, 4, 4)])
+    refused = {(one.site, str(one.method)): one.reason for one in found.refusals}
+    for site, matters in (("unread", False), ("inner", taken)):
+        for method in found.methods:
+            assert (found.drift[site][method] is not None) == matters
+            assert refused.get((site, method)) == (None if matters else "no batch reached the site")
+
+
+def test_names_that_repeat_run(batches: list[torch.Tensor]) -> None:
+    graph = model(Twin().eval())
+    expected = onnx_graph.sensitivity(graph, "layer", batches)
+    for node in graph.graph:
+        node.name = "same"
+    found = onnx_graph.sensitivity(graph, "layer", batches)
+    drifts = [[row["layer"] for row in one.drift.values()] for one in (found, expected)]
+    assert drifts[0] == pytest.approx(drifts[1])
+
+
 def test_what_cannot_be_measured_is_said(batches: list[torch.Tensor]) -> None:
     graph = model(Twin().eval())
     with pytest.raises(ModelError, match="no batch"):
@@ -62,5 +94,11 @@ def test_what_cannot_be_measured_is_said(batches: list[torch.Tensor]) -> None:
         onnx_graph.sensitivity(graph, [], batches)
     with pytest.raises(PlanError, match="no site matches 'layer9'"):
         onnx_graph.sensitivity(graph, "group", batches, sites=["layer9"])
-    with pytest.raises(ModelError, match="failed on the given inputs"):
+    with pytest.raises(ModelError, match=r"failed on the given inputs.*it takes x float \(batch, 3, 8, 8\)"):
         onnx_graph.sensitivity(graph, "group", [torch.randn(2, 4, 8, 8)])
+    with pytest.raises(ModelError, match="type ndarray; give tensors of torch"):
+        onnx_graph.sensitivity(graph, "group", [batches[0].numpy()])
+    with pytest.raises(ModelError, match="batch 1 hold no floating-point number"):
+        onnx_graph.sensitivity(graph, "group", [torch.randn(0, 3, 8, 8)])
+    with pytest.raises(ModelError, match="batch 2 are not finite"):
+        onnx_graph.sensitivity(graph, "group", [batches[0], batches[0] * float("nan")])

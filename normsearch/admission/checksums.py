@@ -7,22 +7,23 @@ import zipfile
 _BLOCK = 1 << 20
 
 
-def allow_missing(archive: zipfile.ZipFile) -> None:
-    """Let entries without a checksum be read: ``torch.serialization.set_crc32_options(False)`` writes 0."""
-    for info in archive.infolist():
-        if info.CRC == 0:
-            # zipfile checks nothing where there is no such attribute.
-            del info.CRC
+def verify(archive: zipfile.ZipFile) -> None:
+    """Read every entry to its end, in blocks, unless the archive has no checksum at all.
 
-
-def verify(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-    """Read an entry to its end, in blocks.
+    ``torch.serialization.set_crc32_options(False)`` writes 0 for each. Entries of such an archive can be read
+    afterwards, which zipfile refuses otherwise.
 
     Raises:
-        BadZipFile: its bytes are others than its checksum says.
+        BadZipFile: bytes are others than a checksum says.
 
     """
-    if hasattr(info, "CRC"):
+    infos = archive.infolist()
+    if not any(info.CRC for info in infos):
+        for info in infos:
+            # zipfile checks nothing where there is no such attribute.
+            del info.CRC
+        return
+    for info in infos:
         with archive.open(info) as source:
             while source.read(_BLOCK):
                 pass

@@ -94,9 +94,18 @@ def inputs_for(
     held_apart: bool = False,
 ) -> Batches | None:
     """Return the inputs that the options ask for, of the type of the model's own."""
-    from normsearch.onnx_graph.running import stand_in
+    from normsearch.onnx_graph import running
 
-    return given_inputs(stand_in(model), shape, batch_size, inputs, images, samples, held_apart=held_apart)
+    return given_inputs(
+        running.stand_in(model),
+        shape,
+        batch_size,
+        inputs,
+        images,
+        samples,
+        held_apart=held_apart,
+        only=running.batch_size(model),
+    )
 
 
 def sites(model: ir.Model, inputs: Batches | None) -> tuple[normsearch.NormSite, ...]:

@@ -43,7 +43,8 @@ from normsearch.commands.running import (
 from normsearch.files import write_text
 from normsearch.methods import METHODS
 from normsearch.reporting import Document, document
-from normsearch.sensitivities import THRESHOLD, Sensitivity
+from normsearch.reporting.documents import check_name
+from normsearch.sensitivities import THRESHOLD, Sensitivity, check_threshold
 
 _NOISE = "inputs are random numbers: drifts on real inputs are others"
 
@@ -87,6 +88,7 @@ def sensitivity(
     --inputs images/ -o sensitivity.json
     """
     needs_inputs(input_shape, inputs)
+    check_threshold(threshold)
     if output is not None:
         refuse_outputs([output], [checkpoint, inputs], force=force)
     tried = read_methods(to) if to else [name for name in METHODS if name != "batch"]
@@ -190,7 +192,9 @@ def report(
             else "an ONNX file does not say how it was converted; give what `normsearch plan -o` wrote",
             param_hint="--plan",
         )
+    check_threshold(threshold)
     if output is not None:
+        check_name(output)
         refuse_outputs(
             [output.with_suffix(".html"), output.with_suffix(".json")],
             [original, converted, calibrated, sensitivity_file, plan_file, inputs],

@@ -151,6 +151,7 @@ def given_inputs(
     samples: int | None = None,
     *,
     held_apart: bool = False,
+    only: int | None = None,
 ) -> Batches | None:
     """Return the inputs that the options ask for, and say on stderr what was done to them.
 
@@ -162,10 +163,20 @@ def given_inputs(
         images: ``--image-size``, ``--mean`` and ``--std``.
         samples: the most samples.
         held_apart: whether there must be a batch that can be held out.
+        only: the only batch size that the model takes, if there is one.
 
     """
-    found = read_batches(model, shape, batch_size, inputs, read_preparation(*images), samples=samples)
-    if found is not None and held_apart:
+    preparation = read_preparation(*images)
+    found = read_batches(model, shape, only or batch_size, inputs, preparation, samples=samples)
+    if only is not None and found is not None:
+        if found.samples is not None and found.samples % only:
+            whole = found.samples // only * only
+            if not whole:
+                fail(f"the model takes batches of {only} samples, and {found.samples} are given; give more")
+            found = read_batches(model, shape, only, inputs, preparation, samples=whole)
+            assert found is not None
+        found = replace(found, notes=(*found.notes, f"the model takes batches of {only} samples alone"))
+    elif found is not None and held_apart:
         found = found.held_apart()
     for note in () if found is None else found.notes:
         typer.echo(f"note: {visible(note)}", err=True)

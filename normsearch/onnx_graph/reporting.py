@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from normsearch.calibration import Calibration
-from normsearch.conversion import check_sites
 from normsearch.errors import PlanError
 from normsearch.forward import try_call
 from normsearch.onnx_graph.calibration import calibration_record
+from normsearch.onnx_graph.conversion import convert
 from normsearch.onnx_graph.files import Source, opened
+from normsearch.onnx_graph.graphs import tensor_of
 from normsearch.onnx_graph.measuring import Metric, compare, parameters
 from normsearch.onnx_graph.planning import name_of
 from normsearch.onnx_graph.running import Runtime, stand_in
@@ -26,6 +27,16 @@ from normsearch.reporting import Document, parts, sections
 from normsearch.reports import Environment
 from normsearch.sensitivities import THRESHOLD, Sensitivity
 from normsearch.site_outputs import SiteDrift
+
+#: Attributes that say what a node does; not its constants, which calibration changes.
+_PLAIN = {
+    ir.AttributeType.FLOAT,
+    ir.AttributeType.INT,
+    ir.AttributeType.STRING,
+    ir.AttributeType.FLOATS,
+    ir.AttributeType.INTS,
+    ir.AttributeType.STRINGS,
+}
 
 
 def document(
@@ -86,7 +97,10 @@ def document(
     """
     before = opened(original)
     models = [opened(converted), *([] if calibrated is None else [opened(calibrated)])]
-    _check(plan, before, models)
+    if batches is not None and iter(batches) is batches:
+        batches = list(batches)
+    first = None if batches is None else next(iter(batches), None)
+    _check(plan, before, models, first)
     if calibration is None and calibrated is not None:
         calibration = calibration_record(models[-1])
     found = None if batches is None else _measure(before, models, plan, batches, logits, on_progress)
@@ -123,17 +137,51 @@ def document(
     )
 
 
-def _check(plan: Plan, original: ir.Model, models: Sequence[ir.Model]) -> None:
-    """Raise unless a plan is of a model, and leaves as many BatchNormalization nodes as others have."""
-    check_sites(plan, [place.site for place in find_places(original)], name_of(original))
-    left = len(plan.sites) - len(plan.changes)
-    for model in models:
-        found = len(find_places(model))
-        if found != left:
+def _check(plan: Plan, original: ir.Model, models: Sequence[ir.Model], inputs: Any) -> None:
+    """Raise unless models have the nodes that a plan makes of the original."""
+    # A file tells less of shapes than inputs do, and what is written depends on them.
+    expected = [_outline(convert(original, plan))]
+    for model, which in zip(models, ("converted", "calibrated"), strict=False):
+        found = _outline(model)
+        if found not in expected and inputs is not None:
+            expected.append(_outline(convert(original, plan, inputs=inputs)))
+        if found not in expected:
             raise PlanError(
-                f"the plan leaves {left} BatchNormalization nodes and {name_of(model)} after conversion has "
-                f"{found}; give the plan that converted it"
+                f"the {which} model is not what the plan makes of {name_of(original)}; give the plan that "
+                "converted it (`onnx_graph.plan` with the same methods makes it again)"
             )
+
+
+def _outline(model: ir.Model) -> list[tuple[Any, ...]]:
+    """Return the operators of a model, subgraphs' too, with attributes and sizes, without weights."""
+    return [
+        (
+            node.domain,
+            node.op_type,
+            sorted((key, _said(one.value)) for key, one in node.attributes.items() if one.type in _PLAIN),
+            [
+                held.numpy().tolist()
+                for held in map(tensor_of, node.inputs)
+                if held is not None and _is_size(held)
+            ],
+        )
+        for node in model.graph.all_nodes()
+    ]
+
+
+#: The most numbers that a shape or a list of axes has.
+_MOST_SIZES = 16
+
+
+def _is_size(tensor: ir.TensorProtocol) -> bool:
+    return tensor.dtype == ir.DataType.INT64 and tensor.size <= _MOST_SIZES
+
+
+def _said(value: Any) -> str:
+    # A file has single precision.
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(_said, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _measure(
@@ -144,8 +192,6 @@ def _measure(
     logits: bool,
     on_progress: OnProgress | None,
 ) -> parts.Found:
-    if iter(batches) is batches:
-        batches = list(batches)
     stage = Stage("measuring", 2 * len(models), on_progress)
     counted = _Counted(batches)
     reports, drifts = [], []
@@ -195,7 +241,7 @@ def _site_drifts(
         else:
             names[site.path] = name
     sums = _sums(original, converted, dict.fromkeys(names.values()), batches) if names else {}
-    depths = {path: depth for depth, path in enumerate(path for path in places if path in names)}
+    depths = {path: depth for depth, path in enumerate(places)}
     found = {path: SiteDrift(path, None, None, reason) for path, reason in reasons.items()}
     for path, name in names.items():
         apart, size = sums[name]

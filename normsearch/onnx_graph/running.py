@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from normsearch.errors import ModelError
 from normsearch.forward import try_call
 
-_ERRORS_ONLY = 3
+#: What onnxruntime puts before a message.
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+#: Errors are raised; written to stderr as well, they would be said twice.
+_FATAL_ONLY = 4
 
 
 class Runtime(nn.Module):
@@ -40,11 +44,12 @@ class Runtime(nn.Module):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         proto = ir.to_proto(model)
         if outputs is not None:
             _cut(proto.graph, outputs, inputs or {})
         constants = {tensor.name for tensor in proto.graph.initializer}
+        _drop_repeated_names(proto.graph)
         data = proto.SerializeToString()
         # The session makes copies of its own.
         del proto
@@ -60,16 +65,38 @@ class Runtime(nn.Module):
         given = dict(zip(self.inputs, args, strict=False)) | kwargs
         if len(args) > len(self.inputs) or set(given) != set(self.inputs):
             raise ModelError(
-                f"the graph has the inputs {', '.join(self.inputs)}; got {len(args)} in order and "
+                f"the ONNX graph takes {self._taken()}; got {len(args)} in order and "
                 f"{', '.join(kwargs) or 'none'} by name"
             )
+        other = next((value for value in given.values() if not isinstance(value, Tensor)), None)
+        if other is not None:
+            raise ModelError(
+                f"an input is of type {type(other).__name__}; give tensors of torch (torch.from_numpy), a "
+                "tuple of them in the order of the graph's inputs, or a dict by name"
+            )
         feeds = {name: value.detach().cpu().numpy() for name, value in given.items()}
-        found = self._session.run(self._outputs, feeds)
+        try:
+            found = self._session.run(self._outputs, feeds)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {value.dtype} {value.shape}" for name, value in feeds.items())
+            raise ModelError(
+                f"the ONNX graph failed on the given inputs, {shapes}; it takes {self._taken()}, where a "
+                f"number is a size that is fixed ({_first_line(error)})"
+            ) from error
         return {
             name: torch.from_numpy(np.ascontiguousarray(value))
             for name, value in zip(self._outputs, found, strict=True)
             if isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
         }
+
+    def _taken(self) -> str:
+        """Return the names, types and shapes of the inputs."""
+        known = {one.name: one for one in self._session.get_inputs()}
+        return ", ".join(
+            f"{name} {known[name].type.removeprefix('tensor(').removesuffix(')')} "
+            f"({', '.join(str(size) for size in known[name].shape)})"
+            for name in self.inputs
+        )
 
 
 def stand_in(model: ir.Model) -> nn.Module:
@@ -80,6 +107,24 @@ def stand_in(model: ir.Model) -> nn.Module:
     dtype = next((kinds[name] for name in names if name in kinds), torch.float32)
     made.register_parameter("typed", nn.Parameter(torch.empty(0, dtype=dtype)))
     return made
+
+
+def batch_size(model: ir.Model) -> int | None:
+    """Return the only batch size that a model's inputs leave; None where it is open."""
+    inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    sizes = {value.shape[0] for value in inputs if value.shape}
+    only = sizes.pop() if len(sizes) == 1 else None
+    # Some exporters write 0 and -1 for a size that is open.
+    return only if isinstance(only, int) and only > 0 else None
+
+
+def _drop_repeated_names(graph: onnx.GraphProto) -> None:
+    """Take names from nodes that share one, which ONNX allows and onnxruntime does not."""
+    seen: set[str] = set()
+    for node in graph.node:
+        if node.name in seen:
+            node.name = ""
+        seen.add(node.name)
 
 
 def _cut(graph: onnx.GraphProto, outputs: Sequence[str], inputs: Mapping[str, ir.DataType]) -> None:
@@ -124,7 +169,7 @@ def _read(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    lines = _CODE.sub("", str(error).strip()).splitlines()
     return lines[0][:500] if lines else type(error).__name__
 
 

@@ -71,7 +71,7 @@ def find_places(model: ir.Model, shapes: Shapes | None = None) -> tuple[Place, .
     """
     opset(model)
     shapes = infer(model) if shapes is None else shapes
-    nodes = [(node, None) for node in model.graph.all_nodes() if _is_batch_norm(node)]
+    nodes = [(node, None) for node in batch_norms(model)]
     inside = [
         (node, function.name)
         for function in model.functions.values()
@@ -83,6 +83,11 @@ def find_places(model: ir.Model, shapes: Shapes | None = None) -> tuple[Place, .
     return tuple(
         _place(node, path, shapes, within) for (node, within), path in zip(found, paths, strict=True)
     )
+
+
+def batch_norms(model: ir.Model) -> list[ir.Node]:
+    """Return the BatchNormalization nodes outside functions, in the order of ``find_places``."""
+    return [node for node in model.graph.all_nodes() if _is_batch_norm(node)]
 
 
 def _is_batch_norm(node: ir.Node) -> bool:

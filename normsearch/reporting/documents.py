@@ -85,8 +85,7 @@ class Document:
 
         """
         path = Path(path)
-        if path.suffix not in ("", ".html", ".json"):
-            raise ReportError(f"{path}: a report is written as .html and .json; give such a name")
+        check_name(path)
         html, written = path.with_suffix(".html"), path.with_suffix(".json")
         for target in (html, written):
             refuse_existing(target, force=force)
@@ -96,3 +95,14 @@ class Document:
 
     def _plain(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+
+def check_name(path: Path) -> None:
+    """Raise unless a report may be written under a name.
+
+    Raises:
+        ReportError: it ends otherwise.
+
+    """
+    if path.suffix not in ("", ".html", ".json"):
+        raise ReportError(f"{path}: a report is written as .html and .json; give such a name")

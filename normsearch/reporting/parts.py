@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from normsearch.calibration import Calibration
 from normsearch.dependence import BatchDependence
+from normsearch.errors import PlanError
 from normsearch.methods import Refusal, parse_method
 from normsearch.plans import Plan
 from normsearch.reporting import sections
@@ -89,18 +90,28 @@ def layers(plan: Plan, found: Found | None) -> sections.Layers:
 
 
 def heat_map(sensitivity: Sensitivity, plan: Plan, threshold: float) -> sections.HeatMap:
-    """Return the drift of the output by site and method, with vetoes and what the plan chose."""
+    """Return the drift of the output by site and method, with vetoes and what the plan chose.
+
+    Raises:
+        PlanError: it was measured of another model.
+
+    """
+    known = {site.path: site for site in plan.sites}
+    unknown = [path for path in sensitivity.sites if path not in known]
+    if unknown:
+        raise PlanError(
+            f"the sensitivity has the site {unknown[0]!r}, of which the plan says nothing; give what was "
+            "measured of this model"
+        )
     vetoes = sensitivity.vetoes(threshold)
     tried = [parse_method(spelling) for spelling in sensitivity.methods]
-    known = {site.path: site for site in plan.sites}
     rows = []
     for path in sensitivity.sites:
         drifts = [sensitivity.drift[path][spelling] for spelling in sensitivity.methods]
         refused = {number for number, drift in enumerate(drifts) if drift is None}
         vetoed = {sensitivity.methods.index(spelling) for spelling in vetoes.get(path, ())}
         # "group" stands where the plan has group(groups=8), if that is what it becomes there.
-        site = known.get(path)
-        chosen = [] if site is None else [n for n, m in enumerate(tried) if m.resolve(site) == plan[path]]
+        chosen = [n for n, m in enumerate(tried) if m.resolve(known[path]) == plan[path]]
         rows.append(
             sections.HeatRow(
                 site=path,
