@@ -91,6 +91,7 @@ def test_sensitivity_and_report(folder: Path, tmp_path: Path) -> None:
     )
     printed = run("sensitivity", model, "-t", "group,instance", "--inputs", inputs, "-o", drifts).stdout
     assert "vetoes at" in printed
+    assert "bn4: instance refused: an input (N, C) has no space to normalize over" in printed
     found = normsearch.Sensitivity.from_json(drifts.read_bytes())
     assert found.drift["bn4"]["instance"] is None
     run("plan", model, "--to", "group", "-o", plan)
@@ -172,6 +173,7 @@ def test_a_fixed_batch_size_is_kept_to(tmp_path: Path) -> None:
         (("convert", "broken.onnx", "--to", "group", "-o", "out.onnx"), 1, "broken.onnx"),
         (("compare", "model.onnx", "inputs.npz", "--input-shape", "3x8x8"), 1, "give ONNX files only"),
         (("compare", "model.onnx", "model.onnx", "--input-shape", "4x8x8"), 1, "failed on the given inputs"),
+        (("report", "r.json", "--plan", "plan.json", "-o", "r.html"), 2, "a report's JSON stands alone"),
         (("sensitivity", "model.onnx", "--input-shape", "3x8x8", "--threshold", "0"), 1, "a drift above 0"),
         (("sensitivity", "model.onnx", "--input-shape", "4x8x8"), 1, "it takes x float (batch, 3, 8, 8)"),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,11 +42,13 @@ from normsearch.commands.running import (
     refuse_outputs,
     reported,
 )
+from normsearch.commands.wording import in_options
 from normsearch.files import write_text
 from normsearch.methods import METHODS
 from normsearch.reporting import Document, document
 from normsearch.reporting.documents import check_name
 from normsearch.sensitivities import THRESHOLD, Sensitivity, check_threshold
+from normsearch.text import visible
 
 _NOISE = "inputs are random numbers: drifts on real inputs are others"
 
@@ -113,15 +117,28 @@ def sensitivity(
         typer.echo(found.to_json())
         return
     OUT.print(found)
+    for line in _refused(found):
+        typer.echo(visible(line))
     if vetoes:
         pairs = sum(map(len, vetoes.values()))
+        what = "veto" if pairs == 1 else "vetoes"
         typer.echo(
-            f"{pairs} vetoes at {len(vetoes)} of {len(found.sites)} sites: refused, or above {threshold:g}"
+            f"{pairs} {what} at {len(vetoes)} of {len(found.sites)} sites: refused, or above {threshold:g}"
         )
     else:
         typer.echo(f"no veto: no method is refused anywhere or moves the output by more than {threshold:g}")
     if output is not None:
         typer.echo(f"wrote {output}")
+
+
+def _refused(found: Sensitivity) -> Iterator[str]:
+    """Yield why methods were refused, a line for each method and reason."""
+    where: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for refusal in found.refusals:
+        where[refusal.method, refusal.reason].append(refusal.site or "(model)")
+    for (method, reason), places in where.items():
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        yield in_options(f"{places[0]}{more}: {method} refused: {reason}")
 
 
 @reported
@@ -181,6 +198,10 @@ def report(
     if output is None and not as_json:
         raise typer.BadParameter("say where to write, for example -o report.html", param_hint="--output")
     if original.suffix == ".json":
+        beside = {"plan": plan_file, "sensitivity": sensitivity_file, "calibrated": calibrated}
+        for option, path in beside.items():
+            if path is not None:
+                raise typer.BadParameter("a report's JSON stands alone", param_hint=f"--{option}")
         _show_again(original, converted, output, force=force, as_json=as_json)
         return
     if converted is None:
