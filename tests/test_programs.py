@@ -350,6 +350,10 @@ def described(program: ExportedProgram) -> list[Any]:
         if isinstance(value, torch.SymInt | torch.SymFloat):
             numbers[node] = str(value)
             continue
+        if node.target is torch.ops.aten.slice.Tensor and node.args[2:] == (0, sys.maxsize):
+            # Where a size is open, x[:, 1] takes all of the first dimension by an operator of its own.
+            numbers[node] = numbers[node.args[0]]
+            continue
         numbers[node] = len(found)
         shapes = [
             (str(t.shape), str(t.stride()), t.dtype) for t in tree_leaves(value) if isinstance(t, Tensor)
