@@ -6,12 +6,15 @@ import pytest
 import torch
 
 import normsearch
+from normsearch.errors import PlanError
 from normsearch.reporting import CalibrationPart, Cost, Dependence, Document, Layers, Metric, Notes, Summary
 from normsearch.site_outputs import site_drift
 
 pytest.importorskip("onnx", reason="needs the extra onnx: pip install 'normsearch[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs the extra onnx: pip install 'normsearch[onnx]'")
 
+import onnx_ir
+from onnx import parser
 from onnx_networks import Twin, model
 
 from normsearch import onnx_graph
@@ -107,3 +110,28 @@ def test_a_graph_for_one_batch_size_is_compared() -> None:
     assert dependence.eval_batches is None
     assert dependence.note is not None
     assert "no other batch than one of 4" in dependence.note
+
+
+@pytest.mark.parametrize("node", ["MatMul(x, w)", "Gemm<alpha=0.5, beta=1.0>(x, w)"])
+def test_whitening_writes_a_linear_node_anew_and_stays_the_plans(node: str) -> None:
+    """The bias that a MatMul gains is a node of its own, the factors of a Gemm go."""
+    text = f"""<ir_version: 8, opset_import: ["": 17]> g (float[N,4] x) => (float[N,4] y)
+        <float[4,4] w = {{
+            1.0, 0.0, 0.0, 0.0, 0.0, 10.0, 0.0, 0.0, 0.0, 0.0, 100.0, 0.0, 0.0, 0.0, 0.0, 1000.0}},
+        float[4] s = {{1.0, 1.0, 1.0, 1.0}}, float[4] b = {{0.0, 0.0, 0.0, 0.0}},
+        float[4] m = {{0.0, 0.0, 0.0, 0.0}}, float[4] v = {{1.0, 100.0, 10000.0, 1000000.0}}>
+        {{h = {node}  y = BatchNormalization(h, s, b, m, v)}}"""
+    original = onnx_ir.from_proto(parser.parse_model(text))
+    inputs = list(torch.randn(120, 4, generator=torch.Generator().manual_seed(0)).split(20))
+    plan = onnx_graph.plan(original, "layer")
+    converted = onnx_graph.convert(original, plan)
+    calibrated = onnx_graph.calibrate(converted, original, inputs)
+    record = onnx_graph.calibration_record(calibrated)
+    assert record is not None
+    assert record.whitened == ("y",)
+    made = onnx_graph.document(original, converted, plan, inputs, calibrated=calibrated)
+    summary = made.section(Summary)
+    assert summary is not None
+    assert summary.calibrated is not None
+    with pytest.raises(PlanError, match="the calibrated model is not what the plan makes"):
+        onnx_graph.document(original, converted, plan, inputs, calibrated=original)

@@ -82,11 +82,11 @@ def convert(
     else:
         the_plan = plan(target, to, inputs=inputs, where=where)
     by_path = {place.site.path: place for place in found}
-    replace(target, [(by_path[site.path], method) for site, method in the_plan.changes], keep)
+    replace_nodes(target, [(by_path[site.path], method) for site, method in the_plan.changes], keep)
     return target
 
 
-def replace(model: ir.Model, changes: Iterable[tuple[Place, Method]], keep: Keep = "function") -> None:
+def replace_nodes(model: ir.Model, changes: Iterable[tuple[Place, Method]], keep: Keep = "function") -> None:
     """Put what methods build in the places of nodes of a model, which is changed.
 
     Args:

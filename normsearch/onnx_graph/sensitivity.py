@@ -14,7 +14,7 @@ from normsearch.errors import ModelError
 from normsearch.forward import try_call
 from normsearch.measurement import DriftSums, floating_tensors
 from normsearch.methods import Method, Refusal
-from normsearch.onnx_graph import conversion
+from normsearch.onnx_graph.conversion import replace_nodes
 from normsearch.onnx_graph.files import Source, opened
 from normsearch.onnx_graph.graphs import sizes_of, tensor_of
 from normsearch.onnx_graph.planning import name_of, places
@@ -133,7 +133,7 @@ class _Candidates:
         target = self._model.clone()
         if method.name != "batch":
             own = replace(place, node=batch_norms(target)[index])
-            conversion.replace(target, [(own, method.resolve(place.site))])
+            replace_nodes(target, [(own, method.resolve(place.site))])
         try:
             return self._drift(target)
         except ModelError as error:
