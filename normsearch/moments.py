@@ -22,6 +22,7 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from normsearch import compiled
 from normsearch.passes import (
     channel_sums,
     clip_,
@@ -89,6 +90,8 @@ def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
     """
     if not _has_closed_form(x):
         return _differentiated(x, rule)
+    if torch.compiler.is_compiling():
+        return compiled.normalize(x, rule, rule.floor if isinstance(rule, ClosedRule) else None)
     if isinstance(rule, ClosedRule) and rule.closed:
         return _Normalize.apply(x, rule, rule.floor, *rule.parameters), rule.extra
     mean, variance, carrier, slope = _Moments.apply(x)
@@ -99,11 +102,9 @@ def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
 
 def _has_closed_form(x: Tensor) -> bool:
     """Whether autograd runs its usual way over ``x``, and there is something to average over."""
-    return (
-        not is_differentiated_otherwise(x)
-        and x.is_floating_point()
-        and x.numel() > x.shape[0] * x.shape[1] > 0
-    )
+    if torch.compiler.is_exporting() or is_written_down() or _is_transformed(x):
+        return False
+    return x.is_floating_point() and x.numel() > x.shape[0] * x.shape[1] > 0
 
 
 _written_down: ContextVar[bool] = ContextVar("written_down", default=False)
@@ -131,10 +132,12 @@ def without_gradients() -> AbstractContextManager[None]:
 
 def is_differentiated_otherwise(x: Tensor) -> bool:
     """Whether a compiler, tracer, transform of torch.func or tensor subclass sees the single operations."""
+    return is_written_down() or torch.compiler.is_compiling() or _is_transformed(x)
+
+
+def _is_transformed(x: Tensor) -> bool:
     return (
-        is_written_down()
-        or torch.compiler.is_compiling()
-        or type(x) not in (Tensor, nn.Parameter)
+        type(x) not in (Tensor, nn.Parameter)
         or torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

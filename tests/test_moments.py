@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from normsearch import compiled
 from normsearch.memory import peak_memory
 from normsearch.methods.batch_instance import BatchInstanceNorm
 from normsearch.methods.batch_renorm import BatchRenorm
@@ -391,25 +392,89 @@ def test_vmap_over_models_equals_each_alone(name: str) -> None:
         assert torch.allclose(row, model(x), rtol=1e-10)
 
 
+#: The last has maps large enough for the kernels of channels_last.
+COMPILED = {
+    "contiguous": ((4, 16, 8, 8), torch.contiguous_format),
+    "channels_last": ((4, 16, 8, 8), torch.channels_last),
+    "large channels_last": ((4, 16, 48, 44), torch.channels_last),
+}
+
+
 @EVERY
-def test_compiled_equals_eager(name: str) -> None:
-    check_compiled(name, "aot_eager", torch.contiguous_format)
+@pytest.mark.parametrize("where", COMPILED)
+def test_compiled_equals_eager(name: str, where: str) -> None:
+    check_compiled(name, "aot_eager", *COMPILED[where])
+
+
+@pytest.mark.parametrize("name", ["switchable", "filter_response"])
+@pytest.mark.parametrize("where", COMPILED)
+def test_compiled_layers_copy_nothing_of_the_inputs_size(name: str, where: str) -> None:
+    shape, layout = COMPILED[where]
+    layer = make(name, shape[1], torch.float32).train()
+    torch.compiler.reset()
+    layer.compile(fullgraph=True, backend="aot_eager")
+    x, grad = (torch.randn(shape).to(memory_format=layout) for _ in range(2))
+    gradients(layer, x, grad)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        y, (dx, *_) = gradients(layer, x, grad)
+    assert y.stride() == dx.stride() == x.stride()
+    events = profile.events()
+    assert events is not None
+    called = {event.name for event in events}
+    assert ("normsearch::spatial_sums" in called) == (where == "large channels_last")
+    copies = [
+        event.name for event in events if event.name in ("aten::clone", "aten::copy_", "aten::contiguous")
+    ]
+    sizes = [event.input_shapes[0] for event in events if event.name in copies]
+    assert sizes
+    assert list(shape) not in sizes
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16, 16), (2, 4, 150, 150), (2, 4, 5000), (2, 4, 6, 30, 30)])
+@pytest.mark.parametrize("outlier", [False, True])
+def test_compiled_moments_keep_their_digits(shape: tuple[int, ...], outlier: bool) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 1000
+    if outlier:
+        # In the middle, where the constant is taken that is subtracted first.
+        x.flatten(2)[:, :, x[0, 0].numel() // 2] += 300
+    mean, variance = torch.compile(compiled._spatial_moments, fullgraph=True, backend="aot_eager")(x)
+    spatial = tuple(range(2, x.dim()))
+    wanted = x.double().var(spatial, unbiased=False)
+    assert torch.allclose(mean.double(), x.double().mean(spatial), rtol=1e-6)
+    assert ((variance - wanted) / wanted).abs().max() < 1e-4
+
+
+def test_compiled_sizes_may_be_open() -> None:
+    eager = make("filter_response", 6)
+    layer = copy.deepcopy(eager)
+    torch.compiler.reset()
+    layer.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((4, 6, 9, 5), (2, 6, 7, 8), (3, 6, 60, 60)):
+        for key in ("contiguous", "channels_last"):
+            x = layouts(shape)[key]
+            direction = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+            (y, got), (wanted_y, wanted) = gradients(layer, x, direction), gradients(eager, x, direction)
+            assert torch.allclose(y, wanted_y, rtol=1e-9, atol=1e-10), (shape, key)
+            for one, other in zip(got, wanted, strict=True):
+                assert torch.allclose(one, other, rtol=1e-8, atol=1e-9), (shape, key)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["switchable", "batch_renorm", "ibn", "sparse_switchable"])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_compiled_by_inductor_equals_eager(name: str, layout: torch.memory_format) -> None:
-    check_compiled(name, "inductor", layout)
+@pytest.mark.parametrize(
+    "name", ["switchable", "batch_renorm", "ibn", "sparse_switchable", "filter_response"]
+)
+@pytest.mark.parametrize("where", COMPILED)
+def test_compiled_by_inductor_equals_eager(name: str, where: str) -> None:
+    check_compiled(name, "inductor", *COMPILED[where])
 
 
-def check_compiled(name: str, backend: str, layout: torch.memory_format) -> None:
+def check_compiled(name: str, backend: str, shape: tuple[int, ...], layout: torch.memory_format) -> None:
     """Compare outputs, gradients and buffers: none that forward moves may be read again in backward."""
     eager = make(name, 16, torch.float32).train()
     compiled = copy.deepcopy(eager)
     torch.compiler.reset()
     compiled.compile(fullgraph=True, backend=backend)
-    x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     (y, got), (wanted_y, wanted) = gradients(compiled, x, direction), gradients(eager, x, direction)
     assert torch.allclose(y, wanted_y, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,188 @@
+"""The passes over a whole input as torch.compile is to see them.
+
+A compiler sees operations, fuses them, and computes the rule anew wherever its results are read. Four things
+make its code as fast as memory allows: moments from a single pass, one expression for the whole gradient of
+the input, coefficients of shape (N, C) that are computed once, and in channels_last with large maps sums by
+the kernels of ``passes``, behind operators that the compiler calls as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normsearch import passes
+from normsearch.passes import spread, wide_dtype
+
+#: From this many spatial elements on, sums over channels_last are slower in strides than by its own kernels.
+_LARGE = 2**11
+
+#: The share of the first spatial dimension whose mean the deviations are taken from.
+_PILOT = 32
+
+_library = torch.library.Library("normsearch", "DEF")
+
+
+def _operator(signature: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an operator that compilers call as it is, by its kernel and by the shapes that come out."""
+    name = signature.partition("(")[0]
+    _library.define(signature)
+    _library.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"normsearch::{name}", fake, lib=_library)
+
+
+def _statistic(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return x.new_empty(shape, dtype=wide_dtype(x.dtype))
+
+
+_operator(
+    "spatial_moments(Tensor x) -> (Tensor, Tensor)",
+    passes.spatial_moments,
+    lambda x: (_statistic(x, x.shape[:2]), _statistic(x, x.shape[:2])),
+)
+_operator(
+    "spatial_sums(Tensor grad, Tensor x, Tensor mean) -> (Tensor, Tensor)",
+    passes.spatial_sums,
+    lambda grad, x, mean: (torch.empty_like(mean), torch.empty_like(mean)),
+)
+_operator("channel_sums(Tensor x) -> Tensor", passes.channel_sums, lambda x: _statistic(x, x.shape[1:2]))
+
+
+def normalize(
+    x: Tensor, rule: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]], floor: Tensor | None
+) -> tuple[Tensor, Any]:
+    """Do what ``moments.normalize`` does, by operations for a compiler.
+
+    Args:
+        x: input of shape (N, C, *spatial) with more than one spatial element.
+        rule: as there; its gradient is autograd's.
+        floor: what y is clipped to from below, shape (C,).
+
+    """
+    mean, variance, *stand_ins = _Moments.apply(x, floor is not None)
+    scale, shift, extra = rule(mean, variance)
+    # Lists, here and below: the tracer does not run generators within an autograd function.
+    scale, shift = [part.to(mean.dtype).expand_as(mean) for part in (scale, shift)]
+    return _Affine.apply(x, *stand_ins, mean, scale, shift, floor), extra
+
+
+class _Moments(torch.autograd.Function):
+    """Moments of x, and three stand-ins that bring ``_Affine``'s part of dx back here.
+
+    As in ``moments``; the gradient of ``level`` is the shift from which y is clipped: y is above its floor
+    where x·scale + level is positive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, is_clipped: bool) -> tuple[Tensor, ...]:
+        mean, variance = _spatial_moments(x)
+        ctx.is_clipped = is_clipped
+        ctx.save_for_backward(x, mean)
+        none = mean.new_zeros(()).expand(mean.shape)
+        return mean, variance, x.new_zeros(()).expand(x.shape), none, none.clone()
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_mean: Tensor, of_variance: Tensor, grad: Tensor, scale: Tensor, level: Tensor
+    ) -> tuple[Tensor, None]:
+        x, mean = ctx.saved_tensors
+        elements = x.shape[2:].numel()
+        of_x = of_variance * (2 / elements)
+        of_one = torch.addcmul(of_mean / elements, mean, of_x, value=-1)
+        scale, level, of_x, of_one = [spread(_once(part), x) for part in (scale, level, of_x, of_one)]
+        if ctx.is_clipped:
+            grad = torch.where(x * scale + level > 0, grad, 0)
+        # x comes first: dx takes its memory format.
+        return (x * of_x + of_one + grad * scale).to(x.dtype), None
+
+
+class _Affine(torch.autograd.Function):
+    """(x − mean)·scale + shift, clipped; see ``_Moments`` for the stand-ins."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        carrier: Tensor,
+        slope: Tensor,
+        level: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        floor: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, scale, shift, floor)
+        # Asked for strides in backward, the tracer would make every gradient contiguous.
+        ctx.has_own_kernels = _has_own_kernels(x)
+        offset = torch.addcmul(shift, mean, scale, value=-1)
+        y = x * spread(_once(scale), x) + spread(_once(offset), x)
+        if floor is not None:
+            y = torch.maximum(y, spread(floor.to(y.dtype)[None], x))
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, scale, shift, floor = ctx.saved_tensors
+        level, of_floor, passed, own = None, None, grad, ctx.has_own_kernels
+        if floor is not None:
+            level = torch.addcmul(shift - floor.to(shift.dtype), mean, scale, value=-1)
+            passed = torch.where(x * spread(_once(scale), x) + spread(_once(level), x) > 0, grad, 0)
+        plain, centred = _spatial_sums(passed, x, mean, own)
+        if floor is not None:
+            of_floor = (_channel_sums(grad, own) - plain.sum(0)).to(floor.dtype)
+        return None, grad, scale, level, -scale * plain, centred, plain, of_floor
+
+
+def _once(coefficient: Tensor) -> Tensor:
+    """Have a compiler compute ``coefficient`` where it is, and read it from there.
+
+    Inductor computes it anew for every element of x that it belongs to, and a CPU may spend more on that than
+    on x. A view by strides is taken of memory, so that there has to be some.
+    """
+    if coefficient.device.type != "cpu":
+        return coefficient
+    shape = coefficient.shape
+    return coefficient.clone(memory_format=torch.contiguous_format).as_strided(shape, (shape[1], 1))
+
+
+def _has_own_kernels(x: Tensor) -> bool:
+    """Whether sums over ``x`` are left to the kernels of ``passes``."""
+    if x.device.type != "cpu" or x.shape[2:].numel() < _LARGE or x.is_contiguous():
+        return False
+    return x.movedim(1, -1).is_contiguous()
+
+
+def _spatial_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per (sample, channel), from one pass.
+
+    v = mean (x − c)² − (m − c)² keeps its digits where c is near the mean: that of a 32nd of the map is
+    within √32 standard deviations.
+    """
+    if _has_own_kernels(x):
+        mean, variance = torch.ops.normsearch.spatial_moments(x)
+        return mean, variance
+    wide, size, spatial = x.to(wide_dtype(x.dtype)), x.shape[2], tuple(range(2, x.dim()))
+    pilot = wide.narrow(2, size // 2, max(1, size // _PILOT)).mean(spatial)
+    off = wide - spread(pilot, x)
+    mean = off.mean(spatial)
+    return pilot + mean, off.square().mean(spatial) - mean.square()
+
+
+def _spatial_sums(grad: Tensor, x: Tensor, mean: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+    """Σ grad and Σ grad·(x − mean) over the spatial elements."""
+    if own:
+        plain, centred = torch.ops.normsearch.spatial_sums(grad, x, mean)
+        return plain, centred
+    spatial = tuple(range(2, x.dim()))
+    return grad.sum(spatial, dtype=mean.dtype), (grad * (x - spread(mean, x))).sum(spatial)
+
+
+def _channel_sums(grad: Tensor, own: bool) -> Tensor:
+    """Sums per channel; those of each sample first, which a compiler takes in the pass of the others."""
+    if own:
+        total: Tensor = torch.ops.normsearch.channel_sums(grad)
+        return total
+    return grad.sum(tuple(range(2, grad.dim())), dtype=wide_dtype(grad.dtype)).sum(0)
