@@ -8,14 +8,14 @@ the kernels of ``passes``, behind operators that the compiler calls as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normsearch import passes
-from normsearch.passes import spread, wide_dtype
+from normsearch.passes import channel_sums, spatial_moments, spatial_sums, spread, wide_dtype
 
 #: From this many spatial elements on, sums over channels_last are slower in strides than by its own kernels.
 _LARGE = 2**11
@@ -23,38 +23,35 @@ _LARGE = 2**11
 #: The share of the first spatial dimension whose mean the deviations are taken from.
 _PILOT = 32
 
-_library = torch.library.Library("normsearch", "DEF")
+
+def _operator(kernel: Callable[..., Any], fake: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    """Make an operator that compilers call as it is, of its kernel and of what comes out in shape."""
+    # By module: a network's own script holds a copy of this, beside which normsearch may be loaded.
+    name = f"{re.sub(r'[^A-Za-z0-9]', '_', __name__)}::{kernel.__name__}"
+    operator = torch.library.custom_op(name, kernel, mutates_args=(), device_types="cpu", schema=schema)
+    operator.register_fake(fake)
+    return operator
 
 
-def _operator(signature: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an operator that compilers call as it is, by its kernel and by the shapes that come out."""
-    name = signature.partition("(")[0]
-    _library.define(signature)
-    _library.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"normsearch::{name}", fake, lib=_library)
+def _statistic(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=wide_dtype(x.dtype))
 
 
-def _statistic(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return x.new_empty(shape, dtype=wide_dtype(x.dtype))
-
-
-_operator(
-    "spatial_moments(Tensor x) -> (Tensor, Tensor)",
-    passes.spatial_moments,
-    lambda x: (_statistic(x, x.shape[:2]), _statistic(x, x.shape[:2])),
+_moments_operator = _operator(
+    spatial_moments, lambda x: (_statistic(x), _statistic(x)), "(Tensor x) -> (Tensor, Tensor)"
 )
-_operator(
-    "spatial_sums(Tensor grad, Tensor x, Tensor mean) -> (Tensor, Tensor)",
-    passes.spatial_sums,
+_sums_operator = _operator(
+    spatial_sums,
     lambda grad, x, mean: (torch.empty_like(mean), torch.empty_like(mean)),
+    "(Tensor grad, Tensor x, Tensor mean) -> (Tensor, Tensor)",
 )
-_operator("channel_sums(Tensor x) -> Tensor", passes.channel_sums, lambda x: _statistic(x, x.shape[1:2]))
+_totals_operator = _operator(channel_sums, lambda x: _statistic(x)[0], "(Tensor x) -> Tensor")
 
 
-def normalize(
+def normalize_compiled(
     x: Tensor, rule: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]], floor: Tensor | None
 ) -> tuple[Tensor, Any]:
-    """Do what ``moments.normalize`` does, by operations for a compiler.
+    """Do what ``normalize`` does, by operations for a compiler.
 
     Args:
         x: input of shape (N, C, *spatial) with more than one spatial element.
@@ -62,15 +59,15 @@ def normalize(
         floor: what y is clipped to from below, shape (C,).
 
     """
-    mean, variance, *stand_ins = _Moments.apply(x, floor is not None)
+    mean, variance, *stand_ins = _CompiledMoments.apply(x, floor is not None)
     scale, shift, extra = rule(mean, variance)
     # Lists, here and below: the tracer does not run generators within an autograd function.
     scale, shift = [part.to(mean.dtype).expand_as(mean) for part in (scale, shift)]
-    return _Affine.apply(x, *stand_ins, mean, scale, shift, floor), extra
+    return _CompiledAffine.apply(x, *stand_ins, mean, scale, shift, floor), extra
 
 
-class _Moments(torch.autograd.Function):
-    """Moments of x, and three stand-ins that bring ``_Affine``'s part of dx back here.
+class _CompiledMoments(torch.autograd.Function):
+    """Moments of x, and three stand-ins that bring ``_CompiledAffine``'s part of dx back here.
 
     As in ``moments``; the gradient of ``level`` is the shift from which y is clipped: y is above its floor
     where x·scale + level is positive.
@@ -78,7 +75,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, is_clipped: bool) -> tuple[Tensor, ...]:
-        mean, variance = _spatial_moments(x)
+        mean, variance = _seen_moments(x)
         ctx.is_clipped = is_clipped
         ctx.save_for_backward(x, mean)
         none = mean.new_zeros(()).expand(mean.shape)
@@ -99,8 +96,8 @@ class _Moments(torch.autograd.Function):
         return (x * of_x + of_one + grad * scale).to(x.dtype), None
 
 
-class _Affine(torch.autograd.Function):
-    """(x − mean)·scale + shift, clipped; see ``_Moments`` for the stand-ins."""
+class _CompiledAffine(torch.autograd.Function):
+    """(x − mean)·scale + shift, clipped; see ``_CompiledMoments`` for the stand-ins."""
 
     @staticmethod
     def forward(
@@ -130,9 +127,9 @@ class _Affine(torch.autograd.Function):
         if floor is not None:
             level = torch.addcmul(shift - floor.to(shift.dtype), mean, scale, value=-1)
             passed = torch.where(x * spread(_once(scale), x) + spread(_once(level), x) > 0, grad, 0)
-        plain, centred = _spatial_sums(passed, x, mean, own)
+        plain, centred = _seen_sums(passed, x, mean, own)
         if floor is not None:
-            of_floor = (_channel_sums(grad, own) - plain.sum(0)).to(floor.dtype)
+            of_floor = (_seen_totals(grad, own) - plain.sum(0)).to(floor.dtype)
         return None, grad, scale, level, -scale * plain, centred, plain, of_floor
 
 
@@ -155,14 +152,14 @@ def _has_own_kernels(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def _spatial_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def _seen_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per (sample, channel), from one pass.
 
     v = mean (x − c)² − (m − c)² keeps its digits where c is near the mean: that of a 32nd of the map is
     within √32 standard deviations.
     """
     if _has_own_kernels(x):
-        mean, variance = torch.ops.normsearch.spatial_moments(x)
+        mean, variance = _moments_operator(x)
         return mean, variance
     wide, size, spatial = x.to(wide_dtype(x.dtype)), x.shape[2], tuple(range(2, x.dim()))
     pilot = wide.narrow(2, size // 2, max(1, size // _PILOT)).mean(spatial)
@@ -171,18 +168,18 @@ def _spatial_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return pilot + mean, off.square().mean(spatial) - mean.square()
 
 
-def _spatial_sums(grad: Tensor, x: Tensor, mean: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+def _seen_sums(grad: Tensor, x: Tensor, mean: Tensor, own: bool) -> tuple[Tensor, Tensor]:
     """Σ grad and Σ grad·(x − mean) over the spatial elements."""
     if own:
-        plain, centred = torch.ops.normsearch.spatial_sums(grad, x, mean)
+        plain, centred = _sums_operator(grad, x, mean)
         return plain, centred
     spatial = tuple(range(2, x.dim()))
     return grad.sum(spatial, dtype=mean.dtype), (grad * (x - spread(mean, x))).sum(spatial)
 
 
-def _channel_sums(grad: Tensor, own: bool) -> Tensor:
+def _seen_totals(grad: Tensor, own: bool) -> Tensor:
     """Sums per channel; those of each sample first, which a compiler takes in the pass of the others."""
     if own:
-        total: Tensor = torch.ops.normsearch.channel_sums(grad)
+        total: Tensor = _totals_operator(grad)
         return total
     return grad.sum(tuple(range(2, grad.dim())), dtype=wide_dtype(grad.dtype)).sum(0)

@@ -46,6 +46,8 @@ class _Collected:
     #: Definitions by (module, name), what they use first.
     definitions: dict[tuple[str, str], str] = field(default_factory=dict)
     imports: dict[str, None] = field(default_factory=dict)
+    #: The module that a name is defined in.
+    modules: dict[str, str] = field(default_factory=dict)
     pending: set[tuple[str, str]] = field(default_factory=set)
 
 
@@ -92,6 +94,8 @@ def _collect(module: str, name: str, collected: _Collected) -> None:
     if key in collected.definitions or key in collected.pending:
         return
     collected.pending.add(key)
+    # One file has one definition of a name.
+    assert collected.modules.setdefault(name, module) == module, name
     dropped = _for_conversion(node, source)
     for used in _uses(node, dropped):
         if used in source.imports:

@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from normsearch import compiled
+from normsearch.compiled import normalize_compiled
 from normsearch.passes import (
     channel_sums,
     clip_,
@@ -91,7 +91,7 @@ def normalize(x: Tensor, rule: Rule) -> tuple[Tensor, Any]:
     if not _has_closed_form(x):
         return _differentiated(x, rule)
     if torch.compiler.is_compiling():
-        return compiled.normalize(x, rule, rule.floor if isinstance(rule, ClosedRule) else None)
+        return normalize_compiled(x, rule, rule.floor if isinstance(rule, ClosedRule) else None)
     if isinstance(rule, ClosedRule) and rule.closed:
         return _Normalize.apply(x, rule, rule.floor, *rule.parameters), rule.extra
     mean, variance, carrier, slope = _Moments.apply(x)

@@ -447,3 +447,10 @@ def test_layer_file_needs_torch_alone() -> None:
         ours, copied = cls(8), scope[cls.__name__](8)
         copied.load_state_dict(ours.state_dict())
         assert torch.equal(ours(x), copied(x)), cls.__name__
+    # Compiled, on a map that takes operators: the copy defines its own.
+    large = torch.randn(2, 8, 48, 48).to(memory_format=torch.channels_last)
+    for name in ("SwitchableNorm", "FilterResponseNorm"):
+        layer = scope[name](8)
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(large), layer(large), rtol=1e-4, atol=1e-5), name
