@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normsearch.passes import channel_sums, spatial_moments, spatial_sums, spread, wide_dtype
+from normsearch.passes import spatial_moments, spatial_sums, spread, wide_dtype
 
 #: From this many spatial elements on, sums over channels_last are slower in strides than by its own kernels.
 _LARGE = 2**11
@@ -45,7 +45,6 @@ _sums_operator = _operator(
     lambda grad, x, mean: (torch.empty_like(mean), torch.empty_like(mean)),
     "(Tensor grad, Tensor x, Tensor mean) -> (Tensor, Tensor)",
 )
-_totals_operator = _operator(channel_sums, lambda x: _statistic(x)[0], "(Tensor x) -> Tensor")
 
 
 def normalize_compiled(
@@ -75,7 +74,7 @@ class _CompiledMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, is_clipped: bool) -> tuple[Tensor, ...]:
-        mean, variance = _seen_moments(x)
+        mean, variance = _seen_moments(x, not is_clipped and _has_own_kernels(x))
         ctx.is_clipped = is_clipped
         ctx.save_for_backward(x, mean)
         none = mean.new_zeros(()).expand(mean.shape)
@@ -112,8 +111,9 @@ class _CompiledAffine(torch.autograd.Function):
         floor: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, mean, scale, shift, floor)
-        # Asked for strides in backward, the tracer would make every gradient contiguous.
-        ctx.has_own_kernels = _has_own_kernels(x)
+        # Asked for strides in backward, the tracer would make every gradient contiguous. What passes a floor
+        # would have to be written for the kernels.
+        ctx.has_own_kernels = floor is None and _has_own_kernels(x)
         offset = torch.addcmul(shift, mean, scale, value=-1)
         y = x * spread(_once(scale), x) + spread(_once(offset), x)
         if floor is not None:
@@ -123,13 +123,15 @@ class _CompiledAffine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, scale, shift, floor = ctx.saved_tensors
-        level, of_floor, passed, own = None, None, grad, ctx.has_own_kernels
+        level, of_floor, passed = None, None, grad
         if floor is not None:
             level = torch.addcmul(shift - floor.to(shift.dtype), mean, scale, value=-1)
             passed = torch.where(x * spread(_once(scale), x) + spread(_once(level), x) > 0, grad, 0)
-        plain, centred = _seen_sums(passed, x, mean, own)
+        plain, centred = _seen_sums(passed, x, mean, ctx.has_own_kernels)
         if floor is not None:
-            of_floor = (_seen_totals(grad, own) - plain.sum(0)).to(floor.dtype)
+            # Of each sample first: a sum that is taken in the pass of the others.
+            total = grad.sum(tuple(range(2, x.dim())), dtype=mean.dtype)
+            of_floor = (total - plain).sum(0).to(floor.dtype)
         return None, grad, scale, level, -scale * plain, centred, plain, of_floor
 
 
@@ -152,13 +154,13 @@ def _has_own_kernels(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def _seen_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def _seen_moments(x: Tensor, own: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per (sample, channel), from one pass.
 
     v = mean (x − c)² − (m − c)² keeps its digits where c is near the mean: that of a 32nd of the map is
-    within √32 standard deviations.
+    within √32 standard deviations, that of one row of n within √n.
     """
-    if _has_own_kernels(x):
+    if own:
         mean, variance = _moments_operator(x)
         return mean, variance
     wide, size, spatial = x.to(wide_dtype(x.dtype)), x.shape[2], tuple(range(2, x.dim()))
@@ -175,11 +177,3 @@ def _seen_sums(grad: Tensor, x: Tensor, mean: Tensor, own: bool) -> tuple[Tensor
         return plain, centred
     spatial = tuple(range(2, x.dim()))
     return grad.sum(spatial, dtype=mean.dtype), (grad * (x - spread(mean, x))).sum(spatial)
-
-
-def _seen_totals(grad: Tensor, own: bool) -> Tensor:
-    """Sums per channel; those of each sample first, which a compiler takes in the pass of the others."""
-    if own:
-        total: Tensor = _totals_operator(grad)
-        return total
-    return grad.sum(tuple(range(2, grad.dim())), dtype=wide_dtype(grad.dtype)).sum(0)

@@ -422,7 +422,8 @@ def test_compiled_layers_copy_nothing_of_the_inputs_size(name: str, where: str) 
     assert events is not None
     called = {event.name for event in events}
     # What the sums of large maps are made of.
-    assert ("aten::native_batch_norm_backward" in called) == (where == "large channels_last")
+    own = where == "large channels_last" and name == "switchable"
+    assert ("aten::native_batch_norm_backward" in called) == own
     copies = [
         event.name for event in events if event.name in ("aten::clone", "aten::copy_", "aten::contiguous")
     ]
@@ -438,7 +439,7 @@ def test_compiled_moments_keep_their_digits(shape: tuple[int, ...], outlier: boo
     if outlier:
         # In the middle, where the constant is taken that is subtracted first.
         x.flatten(2)[:, :, x[0, 0].numel() // 2] += 300
-    mean, variance = torch.compile(compiled._seen_moments, fullgraph=True, backend="aot_eager")(x)
+    mean, variance = torch.compile(compiled._seen_moments, fullgraph=True, backend="aot_eager")(x, False)
     spatial = tuple(range(2, x.dim()))
     wanted = x.double().var(spatial, unbiased=False)
     assert torch.allclose(mean.double(), x.double().mean(spatial), rtol=1e-6)
