@@ -19,6 +19,7 @@ LAYERS = (
     ("forward", "registries", "files", "tables", "batches"),
     ("tracing", "architectures"),
     ("passes", "observation", "memory", "aten_calls"),
+    ("compiled",),
     ("moments", "opening"),
     ("lifting", "aten_layers"),
     ("closing",),
