@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normsearch.passes import spatial_moments, spatial_sums, spread, wide_dtype
+from normsearch.passes import has_columns, spatial_moments, spatial_sums, spread, wide_dtype
 
 #: From this many spatial elements on, sums over channels_last are slower in strides than by its own kernels.
 _LARGE = 2**11
@@ -77,8 +77,8 @@ class _CompiledMoments(torch.autograd.Function):
         mean, variance = _seen_moments(x, not is_clipped and _has_own_kernels(x))
         ctx.is_clipped = is_clipped
         ctx.save_for_backward(x, mean)
-        none = mean.new_zeros(()).expand(mean.shape)
-        return mean, variance, x.new_zeros(()).expand(x.shape), none, none.clone()
+        carrier, slope, level = [part.new_zeros(()).expand(part.shape) for part in (x, mean, mean)]
+        return mean, variance, carrier, slope, level
 
     @staticmethod
     def backward(
@@ -149,9 +149,7 @@ def _once(coefficient: Tensor) -> Tensor:
 
 def _has_own_kernels(x: Tensor) -> bool:
     """Whether sums over ``x`` are left to the kernels of ``passes``."""
-    if x.device.type != "cpu" or x.shape[2:].numel() < _LARGE or x.is_contiguous():
-        return False
-    return x.movedim(1, -1).is_contiguous()
+    return x.shape[2:].numel() >= _LARGE and has_columns(x)
 
 
 def _seen_moments(x: Tensor, own: bool) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,11 @@ def spread(statistic: Tensor, x: Tensor) -> Tensor:
     return statistic.reshape(*statistic.shape, *(1 for _ in x.shape[2:]))
 
 
+def has_columns(x: Tensor) -> bool:
+    """Whether ``x`` lies in channels_last on the CPU, and in no other way."""
+    return x.device.type == "cpu" and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
 def spatial_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance per (sample, channel) over the spatial elements.
 
@@ -159,10 +164,7 @@ def _rows(x: Tensor) -> Tensor | None:
 
 def _columns(x: Tensor) -> Tensor | None:
     """(N, L, C) of a channels_last input on the CPU."""
-    if x.device.type != "cpu":
-        return None
-    moved = x.movedim(1, -1)
-    return moved.view(x.shape[0], -1, x.shape[1]) if moved.is_contiguous() else None
+    return x.movedim(1, -1).view(x.shape[0], -1, x.shape[1]) if has_columns(x) else None
 
 
 def _as_columns(x: Tensor) -> Tensor:
