@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map
 
 from normsearch.aten_calls import Product, Sized, noted
@@ -110,6 +107,8 @@ def written(layer: nn.Module, x: Tensor, *, functional: bool, site: str) -> Writ
 def _traced(
     forward: Callable[..., Any], x: Tensor, state: Sequence[Tensor], *, functional: bool
 ) -> fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     if not functional:
         return make_fx(forward, pre_dispatch=True)(x, *state)
     pure = torch.func.functionalize(forward, remove="mutations")
@@ -119,6 +118,9 @@ def _traced(
 @cache
 def _symbols() -> tuple[FakeTensorMode, tuple[torch.SymInt, ...]]:
     """The sizes that dynamic dimensions have while layers are written down, in a world of their own."""
+    # With sympy it takes half a second to import, which only programs with open sizes need.
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC for _ in _SIZES])
     probe = mode.from_tensor(torch.empty(_SIZES, device="meta"), symbolic_context=context)
@@ -131,6 +133,8 @@ def _condition(mode: FakeTensorMode) -> str | None:
     Tracing takes the way that its example takes and notes every condition that it met. Those that hold for
     all sizes from 2 on are harmless; sizes of 1 differ in strides alone.
     """
+    import sympy
+
     assert mode.shape_env is not None
     for symbol, value in mode.shape_env.replacements.items():
         return f"{symbol} = {value}"

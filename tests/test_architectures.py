@@ -164,6 +164,16 @@ def test_importing_normsearch_imports_no_registry() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_converting_a_module_imports_no_symbols() -> None:
+    code = (
+        "import normsearch, sys; from torch import nn; normsearch.convert(nn.Sequential(nn.Conv2d(3, 8, 3), "
+        "nn.BatchNorm2d(8)).eval(), 'group'); "
+        "print([m for m in ('sympy', 'optuna', 'onnx') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     names.cache_clear()
     monkeypatch.setitem(sys.modules, "timm", None)
