@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,6 @@ from normsearch import (
     PlanError,
     RefusedError,
     ShapeError,
-    StateError,
     convert,
     plan,
 )
@@ -506,38 +504,7 @@ def test_weight_standardization_needs_a_weight() -> None:
         plan(nn.Sequential(nn.BatchNorm2d(8)), "group(weight_standardization=true)")
 
 
-# --- findings -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("buffer", "value", "words"),
-    [
-        ("running_var", math.nan, r"running variance is not finite in 1 of 4 channels \(nan in channel 2\)"),
-        ("running_var", math.inf, "running variance is not finite"),
-        ("running_var", -1.0, r"running variance is not above -eps = -1e-05 in 1 of 4 channels \(-1"),
-        ("running_mean", math.inf, "running mean is not finite"),
-    ],
-)
-@pytest.mark.parametrize("spelling", ["group", "frozen", "batch_renorm", "weight", "ghost"])
-def test_broken_statistics_are_refused_by_name(spelling: str, buffer: str, value: float, words: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    model[1].num_batches_tracked.fill_(5)
-    good = plan(model, spelling)
-    model[1].get_buffer(buffer)[2] = value
-    for to in (spelling, good):
-        with pytest.raises(RefusedError, match=rf"1: {spelling}.* refused: its {words}"):
-            convert(model, to)
-    with pytest.raises(StateError, match=f"^1: its {words}.*repair the checkpoint"):
-        normsearch.convert_state_dict(model.state_dict(), good)
-    # Left as it is, nothing is refused.
-    assert plan(model, [spelling, "batch"]).changes == ()
-
-
-def test_a_variance_a_little_below_zero_is_what_batchnorm_makes_of_it() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(4, eps=1e-3)).double().eval()
-    model[0].running_var[1] = -1e-5
-    x = noise(2, 4, 3, 3)
-    assert distance(convert(model, "frozen")(x), model(x)) < 1e-12
+# --- what a plan says of a method -------------------------------------------------------------------
 
 
 def test_switchable_is_exact_however_far_channel_scales_lie_apart() -> None:
