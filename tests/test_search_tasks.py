@@ -1,0 +1,91 @@
+"""Objectives from two loaders: order, seeds, splits."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from searched import OPTIONS, network, pairs, task
+from torch import Tensor, nn
+
+import normsearch
+from normsearch.errors import SearchError
+from normsearch.searching import (
+    Recipe,
+    Task,
+)
+
+
+def test_a_list_of_batches_is_trained_in_an_order_that_follows_the_seed() -> None:
+    scores = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = network()
+        torch.manual_seed(seed)
+        task(steps=3)(model, optuna.trial.FixedTrial({}))
+        scores.append(model.head.weight.detach().clone())  # type: ignore[union-attr]
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+
+
+def test_a_tasks_splits_must_be_readable_twice() -> None:
+    with pytest.raises(SearchError, match="only once"):
+        task(train=iter(pairs(3)))
+    with pytest.raises(SearchError, match="fewer than two batches"):
+        task(validation=pairs(1))
+
+
+def test_a_loader_with_its_own_generator_starts_each_trial_alike() -> None:
+    orders: list[list[int]] = []
+    data = torch.utils.data.TensorDataset(
+        torch.arange(12.0).reshape(12, 1), torch.zeros(12, dtype=torch.long)
+    )
+    loader = torch.utils.data.DataLoader(data, 4, shuffle=True, generator=torch.Generator())
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return output.square().mean()
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            orders.append(x.flatten().tolist())
+            y: Tensor = self.net(x)
+            return y
+
+    given = Task(
+        train=loader,
+        validation=pairs(2),
+        loss=loss,
+        metric=lambda model, batches: 0.0,
+        recipe=Recipe(steps=3),
+    )
+    for _ in range(2):
+        torch.manual_seed(5)
+        given(copy.deepcopy(Watching()), optuna.trial.FixedTrial({}))
+    assert orders[:3] == orders[3:6]
+
+
+def test_validation_that_shuffles_cannot_be_halved() -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(64, 1, 8, 8), torch.randint(3, (64,)))
+    loader = torch.utils.data.DataLoader(data, 16, shuffle=True)
+    with pytest.raises(SearchError, match="other batches each time"):
+        task(validation=loader)
+    task(validation=loader, confirmation=pairs(1))
+
+
+def test_every_generator_is_seeded() -> None:
+    def objective(model: nn.Module, trial: Any) -> float:
+        return float(np.random.rand()) + random.random() + float(torch.rand(()))  # noqa: NPY002
+
+    state = np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    result = normsearch.search(network(), objective, **OPTIONS | {"n_trials": 5, "confirm": 0})
+    assert len({t.value for t in result.study.trials}) == 1
+    assert state == (np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
