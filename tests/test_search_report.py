@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from test_reporting import (
+from test_report_page import (
     ALLOWED,
     CHROMIUM,
     HOSTILE,
