@@ -319,6 +319,7 @@ def test_what_cannot_be_rewritten_is_refused_by_name() -> None:
     )
     with pytest.raises(normsearch.RefusedError, match="it is in training mode"):
         onnx_graph.convert(small(w, "y"), "group")
+    assert onnx_graph.plan(small(w, "y"), "batch").rows[0].notes[0].startswith("it is in training mode")
 
     w = Writer("initializers")
     layer = norm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -137,8 +138,10 @@ def test_broken_statistics_are_refused_by_name(spelling: str, buffer: str, value
             convert(model, to)
     with pytest.raises(StateError, match=f"^1: its {words}.*repair the checkpoint"):
         convert_state_dict(model.state_dict(), good)
-    # Left as it is, nothing is refused.
-    assert plan(model, [spelling, "batch"]).changes == ()
+    # Left as it is, nothing is refused, and the plan says what is wrong.
+    left = plan(model, [spelling, "batch"])
+    assert left.changes == ()
+    assert re.match(f"its {words}", left.rows[0].notes[0])
 
 
 def test_a_variance_a_little_below_zero_is_what_batchnorm_makes_of_it() -> None:
@@ -197,6 +200,8 @@ def test_a_subclass_with_a_meaning_of_its_own_is_refused_by_name(layer: type[nn.
         convert(model, "group")
     converted = convert(model, "group", where=lambda site: site.kind != "custom")
     assert [type(module) for module in converted[1:]] == [layer, nn.GroupNorm]
+    (note,) = plan(model, {"2": "group"}).rows[0].notes
+    assert re.match(rf"{layer.__name__} has a? ?{why}", note)
 
 
 def test_a_subclass_with_the_parents_forward_is_converted() -> None:

@@ -32,6 +32,10 @@ class Batch(Method):
         """Nothing changes."""
         return True
 
+    def notes(self, site: NormSite) -> tuple[str, ...]:
+        """Say what makes other methods refuse the site: left as it is, it still does what is said there."""
+        return () if site.detail is None else (site.detail,)
+
     @torch.no_grad()
     def build(self, site: NormSite, old: TrainedNorm, producer: nn.Module | None = None) -> Built:
         """Return a new BatchNorm with the same numbers; ``convert`` itself leaves these sites untouched."""

@@ -38,7 +38,7 @@ def compare(
         metric: a number for a model, called with both as modules: tensors in, a dict of tensors out.
 
     Returns:
-        The report of ``normsearch.compare``. An ONNX graph has no training mode, so dependence on the batch
+        The report of ``normsearch.compare``. An ONNX graph has one mode, so dependence on the batch
         is measured as it stands; parameters are the floating-point numbers of its constants.
 
     Raises:
@@ -72,5 +72,5 @@ def parameters(model: ir.Model) -> int:
 
 
 def _as_it_stands(found: BatchDependence) -> BatchDependence:
-    note = "an ONNX graph has no training mode"
+    note = "an ONNX graph runs as it stands; it has one mode alone"
     return replace(found, train_alone=None, train_batches=None, note=found.note or note)
