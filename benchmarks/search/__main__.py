@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-PARTS = ("factorials", "regret", "fronts", "real", "workers", "overhead")
+PARTS = ("factorials", "regret", "fronts", "real", "workers", "overhead", "page")
 
 if __name__ == "__main__":
     codes = [subprocess.run([sys.executable, "-m", f"benchmarks.search.{part}"]).returncode for part in PARTS]
