@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from normsearch.conversion import convert
     from normsearch.dependence import BatchDependence, Crop
     from normsearch.exporting import export
+    from normsearch.forward import Arguments
     from normsearch.lipschitz import OperatorNorms, operator_norms
     from normsearch.measurement import compare, profile
     from normsearch.methods import METHODS, Method, Refusal, parse_method
@@ -46,6 +47,7 @@ __all__ = [
     "METHODS",
     "Architecture",
     "ArchitectureError",
+    "Arguments",
     "BatchDependence",
     "Calibration",
     "Checkpoint",
@@ -102,6 +104,7 @@ _HOMES = {
     "conversion": "convert",
     "dependence": "BatchDependence Crop",
     "exporting": "export",
+    "forward": "Arguments",
     "lipschitz": "OperatorNorms operator_norms",
     "measurement": "compare profile",
     "methods": "METHODS Method Refusal parse_method",

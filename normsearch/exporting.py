@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from normsearch.errors import CheckpointError, ModelError
 from normsearch.files import refuse_existing, write_atomically
-from normsearch.forward import copied, evaluating, preserved, try_call
+from normsearch.forward import arguments, copied, evaluating, open_batches, preserved, try_call
 from normsearch.measurement import floating_tensors
 from normsearch.moments import as_operators
 
@@ -36,8 +36,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], inputs: Any, *, force
     Args:
         model: a network, converted or not; it is left as it was.
         path: where to.
-        inputs: one forward pass's inputs: a tuple is ``*args``, a dict ``**kwargs``, anything else one
-            argument. They are not stored.
+        inputs: one forward pass's inputs: a tuple is ``*args``, a dict ``**kwargs``, both at once
+            ``Arguments(args, kwargs)``, anything else one argument. They are not stored.
         force: replace a file that exists.
 
     Raises:
@@ -99,7 +99,7 @@ class _OnLeaves(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph."""
-        return self._graph(**kwargs) if kwargs else self._graph(*self._leaves(args))
+        return self._graph(*self._leaves(args), **kwargs)
 
 
 #: What writes each format; each compares what it has written with the model before the file appears.
@@ -116,13 +116,14 @@ def exported(model: nn.Module, inputs: Any) -> ExportedProgram:
         ModelError: the model cannot be exported.
 
     """
-    args, kwargs = _arguments(inputs)
-    shapes = tree_map(_open_batch, kwargs if kwargs else args)
+    given = arguments(inputs)
     try:
         # Layers of this package as operators: an exported autograd function would lose its gradient.
         with warnings.catch_warnings(), as_operators():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(
+                model, given.args, given.kwargs, dynamic_shapes=open_batches(model, given), strict=False
+            )
     except Exception as error:
         raise ModelError(
             f"torch.export cannot export {type(model).__name__} ({type(error).__name__}: "
@@ -140,16 +141,6 @@ def save_program(program: ExportedProgram, target: Path) -> None:
             torch.export.save(program, file)
     finally:
         program.example_inputs = examples
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
-
-
-def _open_batch(value: Any) -> Any:
-    return {0: Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
 
 
 def _compare(model: nn.Module, written: nn.Module, inputs: Any, path: str) -> None:

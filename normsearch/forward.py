@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils._pytree import register_dataclass, tree_map
 
 from normsearch.errors import ModelError
 
@@ -17,13 +21,57 @@ from normsearch.errors import ModelError
 TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model``: a tuple is ``*args``, a dict ``**kwargs``, anything else (a list too) one argument."""
-    if isinstance(inputs, tuple):
-        return model(*inputs)
+@dataclass(frozen=True)
+class Arguments:
+    """One forward pass's inputs where some are positional and some are named: ``model(*args, **kwargs)``.
+
+    Attributes:
+        args: the positional ones.
+        kwargs: the named ones.
+
+    Example:
+        >>> import torch, normsearch
+        >>> attention = torch.nn.MultiheadAttention(8, 2).eval()
+        >>> x = torch.randn(4, 3, 8)
+        >>> inputs = normsearch.Arguments((x, x, x), {"need_weights": False})
+        >>> normsearch.profile(attention, inputs).parameters
+        288
+
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+#: Tensors in it are found, copied and cut into samples as those in tuples and dicts are.
+register_dataclass(Arguments)
+
+
+def arguments(inputs: Any) -> Arguments:
+    """Return inputs as arguments: a tuple is ``*args``, a dict ``**kwargs``, anything else one argument."""
+    if isinstance(inputs, Arguments):
+        return inputs
     if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(inputs)
+        return Arguments((), inputs)
+    return Arguments(inputs if isinstance(inputs, tuple) else (inputs,))
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model`` on one forward pass's inputs."""
+    given = arguments(inputs)
+    return model(*given.args, **given.kwargs)
+
+
+def open_batches(model: nn.Module, given: Arguments) -> Any:
+    """Return ``dynamic_shapes`` of ``torch.export`` that leave the first size of every tensor open."""
+    shapes = tree_map(_open_batch, given)
+    if not (given.args and given.kwargs):
+        return shapes.args or shapes.kwargs
+    return dict(inspect.signature(model.forward).bind(*shapes.args, **shapes.kwargs).arguments)
+
+
+def _open_batch(value: Any) -> Any:
+    return {0: Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
@@ -151,6 +199,6 @@ def try_call(model: nn.Module, inputs: Any) -> Any:
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} failed on the given inputs with {type(error).__name__}: {error}. "
-            "A tuple is passed as *args, a dict as **kwargs, anything else as one argument; "
-            "check that model(inputs) runs in eval mode"
+            "A tuple is passed as *args, a dict as **kwargs, both as normsearch.Arguments(args, kwargs), "
+            "anything else as one argument; check that model(inputs) runs in eval mode"
         ) from error

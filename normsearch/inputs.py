@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from normsearch.admission.arrays import read_inputs
 from normsearch.admission.images import Preparation, find_images, read_image
 from normsearch.errors import CheckpointError, PlanError
+from normsearch.forward import arguments
 from normsearch.opening import Model
 
 _SHAPE = re.compile(r"[1-9]\d{0,6}(x[1-9]\d{0,6}){0,4}", re.ASCII)
@@ -173,11 +174,10 @@ def spread(count: int, samples: int | None) -> list[int]:
 
 def named_arrays(given: Any) -> dict[str, Tensor]:
     """Return the arrays of one forward pass's inputs, each with a name to be told by."""
-    if isinstance(given, dict):
-        return given
-    return (
-        {f"array {n}": a for n, a in enumerate(given)} if isinstance(given, tuple) else {"the array": given}
-    )
+    if isinstance(given, Tensor):
+        return {"the array": given}
+    found = arguments(given)
+    return {f"array {number}": array for number, array in enumerate(found.args)} | found.kwargs
 
 
 def check_array(path: Path, name: str, array: Tensor) -> None:
@@ -212,10 +212,9 @@ def rows_of(path: Path, given: Any, dtype: torch.dtype, rows: Tensor | None) -> 
             raise CheckpointError(f"{path}: {name} holds NaN or infinity; leave such samples out")
         return taken.to(dtype)
 
-    made = [ready(name, array) for name, array in named_arrays(given).items()]
-    if isinstance(given, dict):
-        return dict(zip(given, made, strict=True))
-    return tuple(made) if isinstance(given, tuple) else made[0]
+    leaves, structure = tree_flatten(given)
+    made = [ready(name, leaf) for name, leaf in zip(named_arrays(given), leaves, strict=True)]
+    return tree_unflatten(made, structure)
 
 
 def floating_type(model: Model) -> torch.dtype:

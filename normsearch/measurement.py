@@ -46,7 +46,8 @@ def compare(
         original: the model before, or an exported program.
         converted: the model after, or an exported program. A program stays in the mode that it was exported
             in, but for BatchNorm layers and what is made of them in the original.
-        batches: inputs, never labels: a tuple is ``*args``, a dict ``**kwargs``, anything else one argument.
+        batches: inputs, never labels: a tuple is ``*args``, a dict ``**kwargs``, both at once
+            ``Arguments(args, kwargs)``, anything else one argument.
         outputs: picks what to compare from a model's output; by default every floating-point tensor in it.
         logits: say that outputs are logits (N, classes, ...): adds the mean KL divergence in nats of the
             converted model's from the original's prediction, and the share of equal top-1 classes.

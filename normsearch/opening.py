@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ModuleCallSignature
 from torch.export.graph_signature import CustomObjArgument, InputKind, InputSpec, OutputKind
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -479,7 +479,7 @@ class _Opener:
         graph.output(tuple(results)).meta = dict(output.meta)
         signature = self.program.module_call_graph[0].signature
         assert signature is not None
-        info = _PyTreeInfo(_argument_names(signature.in_spec), signature.in_spec, signature.out_spec)
+        info = _PyTreeInfo(_argument_names(signature), signature.in_spec, signature.out_spec)
         graph.set_codegen(_PyTreeCodeGen(info))
 
     # The state.
@@ -570,6 +570,9 @@ def _is_dropout(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.dropout.default and bool(node.args[2])
 
 
-def _argument_names(spec: Any) -> list[str]:
-    args, kwargs = spec.child(0), spec.child(1)
+def _argument_names(signature: ModuleCallSignature) -> list[str]:
+    """Return the names of a program's arguments, as its own ``module()`` has them."""
+    args, kwargs = signature.in_spec.child(0), signature.in_spec.child(1)
+    if signature.forward_arg_names:
+        return signature.forward_arg_names
     return [*(f"arg_{index}" for index in range(args.num_children)), *kwargs.context]

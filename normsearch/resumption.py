@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from normsearch.forward import try_call
+from normsearch.forward import arguments, try_call
 
 #: Old and new layers.
 Pairs = Sequence[tuple[nn.Module, nn.Module]]
@@ -152,9 +152,10 @@ class _Walk(fx.Interpreter):
 
 def _positional(model: nn.Module, inputs: Any) -> list[Any]:
     """Return inputs in the order of the forward's parameters, as a graph's placeholders take them."""
-    if not isinstance(inputs, dict):
-        return list(inputs) if isinstance(inputs, tuple) else [inputs]
-    bound = inspect.signature(model.forward).bind(**inputs)
+    given = arguments(inputs)
+    if not given.kwargs:
+        return list(given.args)
+    bound = inspect.signature(model.forward).bind(*given.args, **given.kwargs)
     bound.apply_defaults()
     if bound.kwargs:
         raise TypeError("keyword-only arguments have no place in the order")

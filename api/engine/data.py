@@ -15,7 +15,7 @@ from torch import Tensor
 
 from api.engine.networks import Network
 from api.tasks import Array, Data, Described, Describing, ImageClass
-from normsearch.admission.arrays import SUFFIXES, read_inputs
+from normsearch.admission.arrays import SUFFIXES, as_inputs, read_arrays
 from normsearch.admission.image_archives import check_archive, extract, images_in
 from normsearch.admission.images import Preparation, read_image
 from normsearch.errors import CheckpointError
@@ -40,7 +40,7 @@ def describe(asked: Describing, folder: Path) -> Described:
             f"{asked.file}: inputs are arrays in {', '.join(SUFFIXES)}, or images in a .zip with a folder "
             "for each class"
         )
-    found = _arrays(path)
+    found = read_arrays(path)
     lengths = {array.shape[0] if array.dim() else 0 for array in found.values()}
     if len(found) > _MOST_ARRAYS or lengths == {0}:
         raise CheckpointError(
@@ -142,7 +142,7 @@ class Samples(ABC):
 class _Arrays(Samples):
     def __init__(self, network: Network, data: Data, folder: Path) -> None:
         self._path, self._dtype = folder / data.file, floating_type(network.typed)
-        found = _arrays(self._path)
+        found = read_arrays(self._path)
         self._targets = None if data.targets is None else found[data.targets]
         self._given = _without_targets(self._path, found, data.targets)
         self.notes = ()
@@ -243,14 +243,6 @@ class Pairs(Sequence[tuple[Any, Tensor]]):
         return self._kept[number]
 
 
-def _arrays(path: Path) -> dict[str, Tensor]:
-    found = read_inputs(path)
-    if isinstance(found, dict):
-        return found
-    several = found if isinstance(found, tuple) else (found,)
-    return {f"arr_{number}": array for number, array in enumerate(several)}
-
-
 def _without_targets(path: Path, found: dict[str, Tensor], targets: str | None) -> Any:
     """Return what is input, as a forward pass takes it."""
     if targets is not None and (targets not in found or len(found) == 1):
@@ -265,8 +257,4 @@ def _without_targets(path: Path, found: dict[str, Tensor], targets: str | None) 
         raise CheckpointError(
             f"{path}: labels and inputs have different lengths; give one label for each sample"
         )
-    if len(left) == 1:
-        return next(iter(left.values()))
-    if all(name.startswith("arr_") and name[4:].isdigit() for name in left):
-        return tuple(left[name] for name in sorted(left, key=lambda name: int(name[4:])))
-    return left
+    return as_inputs(left)

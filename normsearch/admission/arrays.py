@@ -13,10 +13,11 @@ from torch import Tensor
 
 from normsearch.admission import safetensors
 from normsearch.errors import CheckpointError
+from normsearch.forward import Arguments
 
 #: The most bytes that the arrays of one file may have once unpacked.
 MOST_BYTES = 8 * 2**30
-_POSITIONAL = re.compile(r"arr_(\d+)")
+_POSITIONAL = re.compile(r"arr_(\d+)", re.ASCII)
 
 
 #: Of the files that inputs are read from.
@@ -27,10 +28,33 @@ def read_inputs(path: Path) -> Any:
     """Return a file's arrays as one forward pass's inputs.
 
     One array is the one argument; arrays named ``arr_0``, ``arr_1``, ... are positional ones (what
-    ``np.savez(path, x, y)`` writes); others are keyword arguments by their names.
+    ``np.savez(path, x, y)`` writes); others are keyword arguments by their names, also beside positional ones
+    (``np.savez(path, x, scale=s)``).
 
     Raises:
         CheckpointError: it cannot be read, or holds something else than numbers.
+
+    """
+    return as_inputs(read_arrays(path))
+
+
+def as_inputs(arrays: dict[str, Tensor]) -> Any:
+    """Return named arrays as one forward pass's inputs."""
+    if len(arrays) == 1:
+        return next(iter(arrays.values()))
+    numbers = {name: int(found[1]) for name in arrays if (found := _POSITIONAL.fullmatch(name))}
+    args = tuple(arrays[name] for name in sorted(numbers, key=lambda name: numbers[name]))
+    kwargs = {name: array for name, array in arrays.items() if name not in numbers}
+    if args and kwargs:
+        return Arguments(args, kwargs)
+    return args or kwargs
+
+
+def read_arrays(path: Path) -> dict[str, Tensor]:
+    """Return a file's arrays by name.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else than numbers, or nothing.
 
     """
     try:
@@ -49,11 +73,6 @@ def read_inputs(path: Path) -> Any:
         raise CheckpointError(f"cannot read inputs from {path}: {str(error)[:300]}") from error
     if not found:
         raise CheckpointError(f"{path} holds no array; write one with numpy.savez(path, x)")
-    if len(found) == 1:
-        return next(iter(found.values()))
-    order = {name: _POSITIONAL.fullmatch(name) for name in found}
-    if all(order.values()):
-        return tuple(found[name] for name in sorted(found, key=lambda name: int(name.removeprefix("arr_"))))
     return found
 
 

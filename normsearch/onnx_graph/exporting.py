@@ -11,11 +11,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from normsearch.errors import ModelError
-from normsearch.forward import evaluating
+from normsearch.forward import arguments, evaluating, open_batches
 
 #: The first in which GroupNormalization has a scale and a shift per channel; older runtimes know it too.
 OPSET = 21
@@ -34,9 +33,7 @@ def exported(model: nn.Module, inputs: Any) -> ir.Model:
         ModelError: the network cannot be exported.
 
     """
-    args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
-    kwargs = inputs if isinstance(inputs, dict) else {}
-    shapes = tree_map(_open_batch, kwargs or args)
+    given = arguments(inputs)
     try:
         # The exporter writes its progress to stdout and warns about what it tries first.
         with evaluating(model), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -44,11 +41,11 @@ def exported(model: nn.Module, inputs: Any) -> ir.Model:
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             program = torch.onnx.export(
                 model,
-                args,
-                kwargs=kwargs,
+                given.args,
+                kwargs=given.kwargs,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=shapes,
+                dynamic_shapes=open_batches(model, given),
                 verbose=False,
             )
     except Exception as error:
@@ -61,12 +58,6 @@ def exported(model: nn.Module, inputs: Any) -> ir.Model:
     return made
 
 
-def leaves(inputs: Any) -> Any:
-    """Return inputs as the graph takes them: by name as they are, else their tensors in order."""
-    if isinstance(inputs, dict):
-        return inputs
-    return tuple(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-
-
-def _open_batch(value: Any) -> Any:
-    return {0: Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
+def leaves(args: Any) -> tuple[Tensor, ...]:
+    """Return positional inputs as the graph takes them: their tensors in order."""
+    return tuple(leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
