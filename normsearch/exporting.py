@@ -20,8 +20,9 @@ from normsearch.forward import arguments, copied, evaluating, open_batches, pres
 from normsearch.measurement import floating_tensors
 from normsearch.moments import as_operators
 
-#: How far a file's outputs may be from the model's, as a share of the largest one.
-_TOLERANCE = 1e-4
+#: How far a file's outputs may be from the model's, as a share of the largest one, and in units of the
+#: rounding of their type: real networks in half precision are up to 3 of these away.
+_TOLERANCE, _ROUNDINGS = 1e-4, 8
 
 
 def export(model: nn.Module, path: str | os.PathLike[str], inputs: Any, *, force: bool = False) -> None:
@@ -31,7 +32,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], inputs: Any, *, force
     the model is in: in train mode a program trains on. ``.onnx`` is the eval function as an ONNX model (extra
     ``onnx``), of an opset in which group, layer and instance normalization are operators of their own. The
     batch size stays open where the model allows it.
-    The file is written only if it gives the model's own outputs on ``inputs``.
+    The file is written only if it gives the model's own outputs on ``inputs``: the largest difference is at
+    most 1e-4 of the largest output, or 8 of its type's roundings (0.008 in half precision).
 
     Args:
         model: a network, converted or not; it is left as it was.
@@ -85,8 +87,19 @@ def _write_onnx(model: nn.Module, path: Path, inputs: Any, force: bool) -> None:
     except ModuleNotFoundError as error:
         raise ModelError(f"ONNX files need {error.name}: pip install 'normsearch[onnx]'") from error
     made = onnx_model(model, inputs)
+    try:
+        runtime = Runtime(made)
+    except ModelError as error:
+        types = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+        if not types:
+            raise
+        given = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+        raise ModelError(
+            f"{path} would hold a model in {given}, which onnxruntime cannot run ({error}); export "
+            "model.float(), on inputs in float32"
+        ) from error
     with evaluating(model):
-        _compare(model, _OnLeaves(Runtime(made), leaves), inputs, str(path))
+        _compare(model, _OnLeaves(runtime, leaves), inputs, str(path))
     onnx_graph.save(made, path, force=force)
 
 
@@ -159,7 +172,8 @@ def _compare(model: nn.Module, written: nn.Module, inputs: Any, path: str) -> No
         )
     for old, new in zip(before, after, strict=True):
         distance, size = float((new - old).abs().max()), float(old.abs().max())
-        if not distance <= _TOLERANCE * max(size, 1.0):
+        tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(old.dtype).eps)
+        if not distance <= tolerance * max(size, 1.0):
             raise ModelError(
                 f"{path} would give outputs that are up to {distance:g} away from those of "
                 f"{type(model).__name__}, whose largest is {size:g}; not written"

@@ -19,6 +19,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra onnx: pip install 'no
 from onnx_networks import Twin
 
 from normsearch import onnx_graph
+from normsearch.exporting import _compare
 from normsearch.onnx_graph.running import Runtime
 
 
@@ -39,6 +40,40 @@ def test_normalizations_are_operators_of_their_own(tmp_path: Path) -> None:
         torch.testing.assert_close(found, converted.eval()(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(normsearch.CheckpointError, match="exists"):
         normsearch.export(converted, path, x)
+
+
+def in_type(dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)]
+    return nn.Sequential(*layers).eval().to(dtype), torch.randn(2, 3, 16, 16, dtype=dtype)
+
+
+def test_rounding_of_half_precision_is_no_difference(tmp_path: Path) -> None:
+    model, x = in_type(torch.float16)
+    for name, network in {"batch": model, "group": normsearch.convert(model, "group")}.items():
+        path = tmp_path / f"{name}.onnx"
+        normsearch.export(network, path, x)
+        (found,) = Runtime(onnx_graph.load(path))(x).values()
+        with torch.no_grad():
+            distance = (found - network(x)).abs().max() / network(x).abs().max()
+        assert found.dtype == torch.float16
+        assert distance <= 8 * torch.finfo(torch.float16).eps
+
+
+def test_more_than_rounding_is_refused_in_half_precision_too(tmp_path: Path) -> None:
+    model, x = in_type(torch.float16)
+    written = nn.Sequential(model, nn.Hardtanh(-0.5, 0.5))
+    with pytest.raises(normsearch.ModelError, match="not written"):
+        _compare(model, written, x, "half.onnx")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_types_that_onnxruntime_cannot_run_say_the_way_out(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = in_type(dtype)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(normsearch.ModelError, match=rf"in {name}, .*export model\.float\(\)"):
+        normsearch.export(model, tmp_path / "model.onnx", x)
+    assert not list(tmp_path.iterdir())
 
 
 class Branches(nn.Module):
