@@ -39,7 +39,7 @@ def compare(
 
     Returns:
         The report of ``normsearch.compare``. An ONNX graph has one mode, so dependence on the batch
-        is measured as it stands; parameters are the floating-point numbers of its constants.
+        is measured as it stands; parameters are counted as ``parameters`` does.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -59,16 +59,57 @@ def compare(
     )
 
 
+#: The inputs that hold no weights though they may hold many numbers: running statistics; sizes.
+_NO_WEIGHTS = {"BatchNormalization": (3, 4), "Resize": (1, 2), "Upsample": (1,)}
+#: Operators whose constants are weights even where they are one number.
+_WEIGHTED = {
+    "BatchNormalization",
+    "Conv",
+    "ConvTranspose",
+    "Gemm",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "MatMul",
+    "PRelu",
+}
+
+
 def parameters(model: ir.Model) -> int:
-    """Return the number of floating-point numbers in a model's constants."""
+    """Return the number of a model's parameters, as nearly as its graph tells what torch would count.
+
+    These are the floating-point numbers in constants that operators read as weights. Not counted are running
+    statistics, sizes, single numbers of arithmetic (eps, limits, exponents), and the ones and zeros of an
+    InstanceNormalization that scales nothing. A constant that several read counts once.
+    """
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
     values += [
         value for node in model.graph.all_nodes() if node.op_type == "Constant" for value in node.outputs
     ]
-    found = [tensor_of(value) for value in values]
+    found = [(value, tensor_of(value)) for value in values]
     return sum(
-        int(tensor.size) for tensor in found if tensor is not None and tensor.dtype.is_floating_point()
+        int(tensor.size)
+        for value, tensor in found
+        if tensor is not None and tensor.dtype.is_floating_point() and _is_weight(value, tensor)
     )
+
+
+def _is_weight(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+    """Tell whether any operator reads a constant as a weight."""
+    for node, place in value.uses():
+        if node.op_type == "Identity":
+            if _is_weight(node.outputs[0], tensor):
+                return True
+        elif node.op_type == "InstanceNormalization":
+            # Neither torch's layers without an affine nor groups written as instances have these.
+            neutral = 1 if place == 1 else 0
+            if not bool((tensor.numpy() == neutral).all()):
+                return True
+        elif place not in _NO_WEIGHTS.get(node.op_type, ()) and (
+            tensor.size > 1 or node.op_type in _WEIGHTED
+        ):
+            return True
+    return False
 
 
 def _as_it_stands(found: BatchDependence) -> BatchDependence:
