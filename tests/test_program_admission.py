@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,23 @@ def test_another_file_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
         path.write_bytes(content)
         with pytest.raises(normsearch.CheckpointError, match=r"model\.pt2"):
             normsearch.load(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "cannot read .*model.pt2': No such file or directory; check the path"),
+        ("empty", "model.pt2 is empty"),
+        ("folder", "model.pt2 is a directory"),
+        ("pipe", "model.pt2 is not a regular file"),
+    ],
+)
+def test_no_regular_file(kind: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    make = {"empty": path.touch, "folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}
+    make.get(kind, lambda: None)()
+    with pytest.raises(normsearch.CheckpointError, match=message):
+        normsearch.load(path)
 
 
 @pytest.mark.parametrize(

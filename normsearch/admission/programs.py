@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from normsearch.admission import first_bytes
 from normsearch.admission.program_graphs import MalformedError, extent, payloads, program
 from normsearch.errors import CheckpointError
 
@@ -59,9 +60,11 @@ def read(path: Path) -> ExportedProgram:
         path: the file.
 
     Raises:
-        CheckpointError: it is damaged, or holds more than a graph of known operators and plain tensors.
+        CheckpointError: no regular file, empty or damaged, or it holds more than a graph of known operators
+            and plain tensors.
 
     """
+    first_bytes(path)
     with tempfile.TemporaryFile() as clean:
         try:
             _rewrite(path, clean)
