@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +95,17 @@ def test_no_regular_file(kind: str, tmp_path: Path) -> None:
     elif kind == "pipe":
         os.mkfifo(path)
     with pytest.raises(normsearch.CheckpointError, match=str(path)):
+        read(path)
+
+
+def test_what_torch_wrote_is_told_from_onnx(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = torch.nn.Linear(2, 2)
+    torch.export.save(torch.export.export(model, (torch.ones(1, 2),)), tmp_path / "model.pt2")
+    (tmp_path / "model.pt2").rename(path)
+    with pytest.raises(
+        normsearch.CheckpointError, match=r"a zip archive, not .* exported program to model\.pt2"
+    ):
         read(path)
 
 

@@ -149,8 +149,13 @@ def _said(error: Exception) -> str:
 
 def _bytes(path: Path) -> bytes:
     from normsearch.admission import first_bytes
+    from normsearch.admission.torch_zip import MAGIC
 
-    first_bytes(path)
+    if first_bytes(path).startswith(MAGIC):
+        raise CheckpointError(
+            f"{path} is a zip archive, not an ONNX model; rename an exported program to {path.stem}.pt2, what "
+            f"torch.save wrote to {path.stem}.pth"
+        )
     try:
         size = path.stat().st_size
         if size > MOST_BYTES:
