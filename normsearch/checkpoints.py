@@ -138,7 +138,7 @@ def load(
     Args:
         path: the file.
         architecture: what built the network; not needed where the file names a registered one.
-        entry: which entry of a training checkpoint to take, for example ``model_ema``.
+        entry: which entry of a training checkpoint to take, ``model_ema``, or ``ema.shadow`` inside another.
         allow_factories: whether ``architecture`` may be ``package.module:factory``, which runs that code.
             One that the file names is refused always.
 

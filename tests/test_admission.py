@@ -204,6 +204,43 @@ def test_entries_of_training_checkpoints(tmp_path: Path) -> None:
         admit(path, "best")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"params_ema": _state()}, "there is 'params_ema'; give entry='params_ema'"),
+        (
+            {"generator": _state(), "discriminator": _state(), "step": 3},
+            "there is 'generator', 'discriminator'; give entry='generator'",
+        ),
+        ({"ema": {"shadow": _state(), "decay": 0.9}}, "there is 'ema.shadow'; give entry='ema.shadow'"),
+        ({"a.b": {"c": _state()}}, "there is 'a.b.c'; give entry='a.b.c'"),
+        ({}, "holds an empty dict"),
+        ({"model": {}}, "'model'.*weights_only=False"),
+        ({"step": 3}, "holds no state dict: its entries are 'step'.*weights_only=False"),
+    ],
+)
+def test_state_dicts_that_nothing_chooses_are_named(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message):
+        admit(path)
+
+
+def test_entries_inside_others(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"ema": {"shadow": _state()}, "ema.shadow.x": {"own": torch.ones(1)}}, path)
+    admitted = admit(path, "ema.shadow")
+    assert list(admitted.tensors) == list(_state())
+    assert admitted.notes == ("read from the entry 'ema.shadow'",)
+    # A name with dots of its own.
+    assert list(admit(path, "ema.shadow.x").tensors) == ["own"]
+    torch.save({"model": {"state_dict": _state(), "ema": _state()}}, path)
+    assert "ema left aside; entry='model.ema' takes it instead" in admit(path).notes
+    assert list(admit(path, "model.ema").tensors) == list(_state())
+    with pytest.raises(CheckpointError, match="no entry 'ema'; it has 'model'"):
+        admit(path, "ema")
+
+
 @pytest.mark.parametrize("kind", ["directory", "missing", "pipe", "null byte"])
 def test_no_regular_file(kind: str, tmp_path: Path) -> None:
     import os

@@ -561,6 +561,14 @@ def test_python_is_said_in_options(python: str, options: str) -> None:
     assert not re.search(r"\b(where|force|keep|in_place)=", said)
 
 
+def test_entries_are_asked_for_with_the_option(weights: dict[str, torch.Tensor]) -> None:
+    torch.save({"params_ema": weights}, "esrgan.pth")
+    assert "give --entry 'params_ema'" in cli("sites", "esrgan.pth", *MODEL, code=1).stderr
+    cli("sites", "esrgan.pth", *MODEL, "--entry", "params_ema")
+    torch.save({"state_dict": weights, "model_ema": weights}, "both.pth")
+    assert "--entry 'model_ema' takes it instead" in cli("sites", "both.pth", *MODEL).stderr
+
+
 def test_two_conversions_share_a_folder(checkpoint: str, folder: Path) -> None:
     for method, name in (("group", "a"), ("batch_renorm", "b-1"), ("rms", "2")):
         cli("convert", checkpoint, *MODEL, "--to", method, "-o", f"{name}.safetensors")

@@ -153,8 +153,8 @@ def _bytes(path: Path) -> bytes:
 
     if first_bytes(path).startswith(MAGIC):
         raise CheckpointError(
-            f"{path} is a zip archive, not an ONNX model; rename an exported program to {path.stem}.pt2, what "
-            f"torch.save wrote to {path.stem}.pth"
+            f"{path} is a zip archive, not an ONNX model; rename an exported program to {path.stem}.pt2, "
+            f"what torch.save wrote to {path.stem}.pth"
         )
     try:
         size = path.stat().st_size

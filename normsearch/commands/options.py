@@ -47,7 +47,10 @@ Arguments = Annotated[
     list[str] | None, typer.Option("--arguments", help="An argument of the architecture: name=value; repeat.")
 ]
 Entry = Annotated[
-    str | None, typer.Option(help="Which entry of a training checkpoint to take, for example model_ema.")
+    str | None,
+    typer.Option(
+        help="Which entry of a training checkpoint to take: model_ema, or ema.shadow inside another."
+    ),
 ]
 Shape = Annotated[
     str | None, typer.Option(help="Shape of one sample, 3x224x224: random inputs of it tell layer shapes.")

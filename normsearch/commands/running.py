@@ -202,7 +202,7 @@ def loaded_from(
     with progress(f"loading {checkpoint}"):
         loaded = load(checkpoint, wanted, entry=entry, allow_factories=True)
     for note in loaded.notes:
-        typer.echo(f"note: {note}", err=True)
+        typer.echo(f"note: {in_options(note)}", err=True)
     return loaded
 
 

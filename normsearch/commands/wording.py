@@ -40,6 +40,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"leave it out with where=(lambda site: site\.kind != '\w+')?", "leave it out with --to 'PATH=batch'"),
     (r"use in_place=True to edit the model itself", "convert without --report, which needs no copy"),
     (r"keep='(\w+)'", r"--keep \1"),
+    (r"entry=('[^']*'|\S+)", r"--entry \1"),
     (r"logits=True", "--logits"),
     (r"; (give|pick with) outputs=[^;]*", f"; {_IN_PYTHON}"),
     (r", and outputs= to pick.*", f"; {_IN_PYTHON}"),
