@@ -29,6 +29,8 @@ _PREFIXES = {
 }
 #: Counters that averages of weights keep beside them.
 _COUNTERS = {"n_averaged", "num_updates", "initted", "step"}
+#: What profilers (thop) leave in every layer.
+_PROFILED = {"total_ops", "total_params"}
 #: A network that needs more than so many times the numbers of a file is not built to find out.
 _MOST_MISSING = 2
 _ADVICE = "Give the architecture and arguments that it was trained with (num_classes and the like)"
@@ -182,6 +184,10 @@ def fitted(
 def _unwrapped(state: Mapping[str, Tensor], expected: set[str]) -> tuple[dict[str, Tensor], list[str]]:
     names = {name: name for name in state if name in expected or name not in _COUNTERS}
     notes = [f"left out the counter {name!r}" for name in state if name not in names]
+    profiled = [name for name in names if _leaf(name) in _PROFILED - {_leaf(own) for own in expected}]
+    if profiled:
+        notes.append(f"left out what a profiler counted: {_some(profiled)}")
+        names = {name: name for name in names if name not in set(profiled)}
     removed: list[str] = []
     while names and not expected & set(names.values()):
         prefix = next((p for p in _PREFIXES if _all_start(names.values(), p)), None)
@@ -198,6 +204,10 @@ def _unwrapped(state: Mapping[str, Tensor], expected: set[str]) -> tuple[dict[st
         return {old: state[old] for old in names}, []
     notes += [f"removed the prefix {prefix!r} of {_PREFIXES[prefix]}" for prefix in removed]
     return {name: state[old] for old, name in names.items()}, notes
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _all_start(names: Iterable[str], prefix: str) -> bool:

@@ -121,6 +121,35 @@ def test_lightning_losses_are_left_out_and_named(model: nn.Module, inputs: Tenso
     assert "left out what is not the network's: loss.weight" in loaded.notes
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_what_profilers_leave_in_layers_is_left_out(
+    prefix: str, model: nn.Module, inputs: Tensor, tmp_path: Path
+) -> None:
+    own = model.state_dict()
+    counts = {
+        f"{name}total_{kind}": torch.zeros(1) for name in ("", "conv1.", "fc.") for kind in ("ops", "params")
+    }
+    torch.save({f"{prefix}{name}": value for name, value in (own | counts).items()}, tmp_path / "x.pth")
+    loaded = normsearch.load(tmp_path / "x.pth", RESNET)
+    assert same(loaded.model, model, inputs)
+    assert loaded.notes[0].startswith(
+        f"left out what a profiler counted: {prefix}total_ops, {prefix}total_params"
+    )
+
+
+def test_a_network_may_have_such_a_number_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "counting_network.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def network():\n"
+        "    net = nn.Linear(2, 2)\n    net.register_buffer('total_ops', torch.zeros(1))\n    return net\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2), "total_ops": torch.ones(1)}
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "x.pth")
+    loaded = normsearch.load(tmp_path / "x.pth", "counting_network:network", allow_factories=True)
+    assert torch.equal(loaded.model.get_buffer("total_ops"), torch.ones(1))
+
+
 _RENAMING = """
 from torch import nn
 
