@@ -22,6 +22,7 @@ from click.testing import Result
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
 from typer.testing import CliRunner
 
 import normsearch
@@ -200,6 +201,13 @@ def test_sites(checkpoint: str) -> None:
     assert found[0]["input_shapes"][0][0] == 3
     assert len(found) == len(output("sites", *MODEL))
     assert "layer1.0.bn1" in cli("sites", checkpoint, *MODEL).stdout
+
+
+def test_a_network_without_sites_is_said_to_have_none(folder: Path) -> None:
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), folder / "plain.pt2")
+    assert cli("sites", "plain.pt2").stdout == "plain.pt2 has no BatchNorm layer\n"
+    assert cli("sites", "-a", "torchvision/vgg11").stdout == "torchvision/vgg11 has no BatchNorm layer\n"
+    assert output("sites", "plain.pt2") == []
 
 
 def test_plan_prints_refusals_and_fails(checkpoint: str) -> None:

@@ -47,6 +47,7 @@ from normsearch.methods.base import spelled
 from normsearch.plans import planned
 from normsearch.registries import LIBRARIES, names
 from normsearch.tables import Column, Listing
+from normsearch.text import visible
 
 
 @reported
@@ -150,6 +151,8 @@ def sites(
             found = normsearch.find_sites(loaded.model, first_of(given))
     if as_json:
         return print_json([asdict(site) for site in found])
+    if not found:
+        return typer.echo(f"{visible(str(checkpoint or architecture))} has no BatchNorm layer")
     columns = (
         Column("site"),
         Column("channels", number=True),
