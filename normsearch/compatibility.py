@@ -8,11 +8,12 @@ from itertools import pairwise
 from types import FunctionType
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from normsearch.errors import ModelError
+from normsearch.operators import BATCH_NORMS
 from normsearch.sites import NormSite
 
 
@@ -30,6 +31,17 @@ def refused_wrappers(model: nn.Module) -> None:
                     f"{path or 'the model'} is wrapped in DistributedDataParallel, which holds on to the "
                     "parameters it was made with; convert model.module and wrap the result"
                 )
+
+
+def refused_operators(model: nn.Module) -> None:
+    """Raise a ``ModelError`` for a graph whose batch norms are operators on tensors, which are no layers."""
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    found = next((node for node in nodes if node.target in BATCH_NORMS), None)
+    if found is not None:
+        raise ModelError(
+            f"{type(model).__name__} calls {found.target}, as the module() of an exported program does; give "
+            "the torch.export.ExportedProgram itself"
+        )
 
 
 def model_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...]:

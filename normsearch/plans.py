@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from normsearch.compatibility import model_notes, refused_wrappers
+from normsearch.compatibility import model_notes, refused_operators, refused_wrappers
 from normsearch.errors import PlanError, RefusedError
 from normsearch.forward import is_lazy, materialised
 from normsearch.methods import METHODS, Method, Refusal, parse_method
@@ -183,6 +183,8 @@ def explain(
         model = materialised(model, inputs)
     dataflow = any(method.needs_dataflow for methods in patterns.values() for method in methods)
     sites = analyse(model, inputs, dataflow=dataflow, weights=weights)
+    if not sites:
+        refused_operators(model)
     rows = decided(sites, to, where, type(model).__name__)
     return Explanation(rows, model_notes(model, [row.site for row in rows if row.method != _BATCH]))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normsearch.compatibility import refused_operators
 from normsearch.errors import ModelError, PlanError, ShapeError
 from normsearch.forward import evaluating, is_lazy, materialised, preserved, unwrapped
 from normsearch.measurement import DriftSums, Outputs, floating_tensors
@@ -169,6 +170,8 @@ def chosen(
     found: tuple[NormSite, ...], patterns: Iterable[str] | None, model: nn.Module, purpose: str
 ) -> list[NormSite]:
     """Return the sites of a network of torch that patterns name, as ``matching`` does."""
+    if not found:
+        refused_operators(model)
     return matching(found, patterns, type(model).__name__, purpose)
 
 

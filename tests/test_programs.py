@@ -498,6 +498,16 @@ def test_export_in_train_mode_leaves_the_model_alone(tmp_path: Path) -> None:
     assert int(module.get_buffer("b1.num_batches_tracked")) == 4
 
 
+def test_the_module_of_a_program_is_refused_with_the_way_out() -> None:
+    program = torch.export.export(made(training=False), (drawn(2),))
+    for act in (
+        lambda: convert(program.module(), "group"),
+        lambda: normsearch.sensitivity(program.module(), ["group"], [drawn(2)]),
+    ):
+        with pytest.raises(normsearch.ModelError, match=r"calls aten\.batch_norm.*ExportedProgram itself"):
+            act()
+
+
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     normsearch.export(made(training=False), "model.pt2", drawn(2))
