@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -508,6 +509,21 @@ def test_the_module_of_a_program_is_refused_with_the_way_out() -> None:
             act()
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_program_is_compared_with_a_checkpoint(
+    order: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    normsearch.export(model, "net.pt2", torch.randn(2, 3, 32, 32))
+    torch.save({"ema": {"shadow": model.state_dict()}}, "net.pth")
+    network = ["-a", "timm/resnet10t", "--arguments", "num_classes=3", "--entry", "ema.shadow"]
+    files = ["net.pt2", "net.pth"][::order]
+    done = CliRunner().invoke(app, ["compare", *files, *network, "--input-shape", "3x32x32", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["drift"]["relative_l2"] < 1e-5
+
+
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     normsearch.export(made(training=False), "model.pt2", drawn(2))
@@ -524,6 +540,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["convert", "out.pt2", "--to", "layer", "-o", "again.pt2"], "is converted already"),
         (["convert", "model.pt2", "--to", "layer", "-o", "x.safetensors"], "written as .pt2"),
         (["sites", "model.pt2", "--architecture", "torchvision/resnet18"], "needs no architecture"),
+        (["compare", "model.pt2", "out.pt2", "-a", "x:y", "--input-shape", "3x8x8"], "needs no architecture"),
     ):
         refused = run(app, arguments)
         assert refused.exit_code == 1

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 import normsearch
+from normsearch.admission.programs import is_program
+from normsearch.checkpoints import Checkpoint
 from normsearch.commands import onnx_files
 from normsearch.commands.options import (
     Arch,
@@ -57,13 +59,25 @@ def compare(
         onnx_files.refuse_options(architecture=architecture, arguments=arguments, entry=entry)
         report = onnx_files.compare(before, after, input_shape, inputs, batch_size, images, logits=logits)
         return typer.echo(report.to_json()) if as_json else OUT.print(report)
-    first = loaded_from(before, architecture, arguments, entry)
-    second = loaded_from(after, architecture, arguments, None)
+    first, second = _two(before, after, architecture, arguments, entry)
     given = given_inputs(first.model, input_shape, batch_size, inputs, images)
     assert given is not None
     with progress("comparing"):
         report = normsearch.compare(first.model, second.model, given, logits=logits)
     return typer.echo(report.to_json()) if as_json else OUT.print(report)
+
+
+def _two(
+    before: Path, after: Path, architecture: str | None, arguments: list[str] | None, entry: str | None
+) -> tuple[Checkpoint, Checkpoint]:
+    """Load both; of an exported program and a checkpoint, the options belong to the checkpoint."""
+    given = (architecture, arguments, entry)
+    if is_program(before) and not is_program(after):
+        return loaded_from(before, None, None, None), loaded_from(after, *given)
+    first = loaded_from(before, *given)
+    if is_program(after) and not is_program(before):
+        return first, loaded_from(after, None, None, None)
+    return first, loaded_from(after, architecture, arguments, None)
 
 
 @reported
