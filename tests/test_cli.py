@@ -196,6 +196,18 @@ def test_architectures() -> None:
     assert "no architecture matches 'x'" in cli("architectures", "x", code=1).stderr
 
 
+@pytest.mark.parametrize("words", [["architectures"], ["methods", "--json"], ["methods"]])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(words: list[str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "normsearch", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait(60) == 1
+
+
 def test_sites(checkpoint: str) -> None:
     found = output("sites", checkpoint, *MODEL, "--input-shape", "3x64x64", "--batch-size", "3")
     assert found[0]["input_shapes"][0][0] == 3

@@ -45,6 +45,9 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             fail(in_options(str(error)))
         except MemoryError:
             fail("out of memory; use a smaller batch, or convert without --report")
+        except BrokenPipeError:
+            # Who read the output has seen enough (`| head`); typer ends quietly.
+            raise
         except OSError as error:
             fail(f"{error.filename or 'the system'}: {error.strerror or error}")
         except KeyboardInterrupt:
