@@ -153,9 +153,13 @@ def _of_arrays(model: Model, path: Path, batch_size: int, samples: int | None) -
         if array.is_floating_point() and array.dtype != dtype:
             old, new = (str(kind).removeprefix("torch.") for kind in (array.dtype, dtype))
             notes.append(f"{path}: {name} is {old} and was cast to the network's {new}")
-    lengths = {array.shape[0] if array.dim() else 0 for array in named.values()}
-    size = lengths.pop()
-    if lengths or size == 0:
+    lengths = {name: array.shape[0] if array.dim() else 0 for name, array in named.items()}
+    size = min(lengths.values())
+    differ = size < max(lengths.values())
+    if differ:
+        told = ", ".join(f"{length} in {name}" for name, length in lengths.items())
+        notes.append(f"{path}: lengths differ ({told}): all arrays are the inputs of one forward pass")
+    if differ or size == 0:
         return Batches(lambda number: rows_of(path, given, dtype, None), 1, None, tuple(notes))
     rows = torch.tensor(spread(size, samples))
 

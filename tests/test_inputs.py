@@ -202,6 +202,19 @@ def test_arrays_are_split_along_the_first_dimension(tmp_path: Path) -> None:
     assert set(named) == {"left", "right"}
 
 
+def test_arrays_of_unequal_length_are_named(tmp_path: Path) -> None:
+    x, scale = np.zeros((5, 3), np.float32), np.zeros(4, np.float32)
+    path = tmp_path / "x.npz"
+    np.savez(path, x, scale=scale)
+    whole = file_batches(NET, path, 2, None)
+    assert (whole.count, whole.samples) == (1, None)
+    (note,) = whole.notes
+    assert (
+        note
+        == f"{path}: lengths differ (5 in array 0, 4 in scale): all arrays are the inputs of one forward pass"
+    )
+
+
 def test_a_single_batch_is_split_where_one_is_held_out(tmp_path: Path) -> None:
     x, y = np.random.default_rng(0).normal(size=(2, 7, 3)).astype(np.float32)
     whole = file_batches(NET, saved(tmp_path / "x.npz", arr_0=x, arr_1=y), 32, None)
