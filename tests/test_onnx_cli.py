@@ -198,7 +198,7 @@ def test_a_fixed_batch_size_is_kept_to(tmp_path: Path) -> None:
                 "r.html",
             ),
             2,
-            "no such option",
+            "no such option; normsearch report --calibrated writes it",
         ),
     ],
 )

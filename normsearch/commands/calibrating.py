@@ -85,7 +85,8 @@ def calibrate(
     report: Annotated[
         Path | None,
         typer.Option(
-            help="Write what changed: NAME.html, and NAME.json beside it; it measures both networks.",
+            help="Write what changed: NAME.html, and NAME.json beside it; it measures both networks. Of ONNX "
+            "files, `normsearch report --calibrated` writes it.",
             show_default=False,
         ),
     ] = None,

@@ -59,7 +59,8 @@ def refuse_options(**options: Any) -> None:
     for name, value in options.items():
         if value:
             option = f"--{name.replace('_', '-')}"
-            raise typer.BadParameter("an ONNX file takes no such option", param_hint=option)
+            instead = "; normsearch report --calibrated writes it" if name == "report" else ""
+            raise typer.BadParameter(f"an ONNX file takes no such option{instead}", param_hint=option)
 
 
 def library() -> ModuleType:
