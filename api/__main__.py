@@ -18,6 +18,7 @@ from api.database import Database
 from api.main import create_app
 from api.migrating import open_database
 from api.observing import log_as_json
+from api.problems import said
 from api.server import run
 from api.settings import Settings
 from api.tools import await_database
@@ -111,7 +112,7 @@ def _settings() -> Settings:
         return Settings()
     except ValidationError as error:
         lines = [
-            f"NORMSEARCH_{'_'.join(map(str, one['loc'])).upper()}: {one['msg']}" for one in error.errors()
+            f"NORMSEARCH_{'_'.join(map(str, one['loc'])).upper()}: {said(one)}" for one in error.errors()
         ]
         _fail("; ".join(lines))
 

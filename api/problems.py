@@ -144,13 +144,18 @@ def _methods(request: Request) -> list[str]:
     return sorted(found)
 
 
+def said(error: Mapping[str, Any]) -> str:
+    """Return what one error of a validation says, without the name of its class before it."""
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
 def as_problem(error: Exception) -> ProblemError:
     """Return the problem that an exception is answered with."""
     if isinstance(error, ProblemError):
         return error
     if isinstance(error, RequestValidationError):
         found = [
-            {"pointer": "/" + "/".join(map(str, one["loc"])), "detail": str(one["msg"])}
+            {"pointer": "/" + "/".join(map(str, one["loc"])), "detail": said(one)}
             for one in error.errors()[:20]
         ]
         detail = "; ".join(f"{one['pointer']}: {one['detail']}" for one in found)

@@ -108,9 +108,13 @@ async def receive_form(
         await _pump(request, service, form.feed)
     except FormParserError as error:
         raise ProblemError(422, "invalid-request", f"the form is malformed: {str(error)[:200]}") from error
-    if not form.is_complete or form.filename is None or not file.size:
+    if not form.is_complete or form.filename is None:
         raise ProblemError(
-            422, "invalid-request", "the form has no part file with a content; `curl -F file=@PATH` sends one"
+            422, "invalid-request", "the form has no part named file; `curl -F file=@PATH` sends one"
+        )
+    if not file.size:
+        raise ProblemError(
+            422, "invalid-request", f"the file {form.filename[:80]!r} is empty; send it with its content"
         )
     return await run_sync(file.finish), form.filename, form.fields
 

@@ -108,6 +108,26 @@ class TestPost:
         assert made.status_code == 201, made.text
         assert made.json()["sha256"] == hashlib.sha256(CONTENT).hexdigest()
 
+    @pytest.mark.parametrize("address", ["/v1/uploads", "/v1/convert"])
+    def test_an_empty_file_is_said_to_be_empty(self, client: TestClient, address: str) -> None:
+        refused = client.post(address, files={"file": ("x.pth", b"")}, data={"to": "group"})
+        assert refused.status_code == 422
+        assert refused.json()["detail"] == "the file 'x.pth' is empty; send it with its content"
+        refused = client.post(address, files={"other": ("x.pth", b"")})
+        assert refused.status_code == 422
+        assert "the part named file" in refused.json()["detail"]
+
+    def test_what_is_wrong_with_fields_stands_alone(self, client: TestClient) -> None:
+        refused = client.post("/v1/convert", files={"file": ("x.pth", b"x")})
+        assert refused.status_code == 422
+        assert refused.json()["detail"] == "give either to, for example group, or plan"
+        asked = {"model": "mod_" + "0" * 20, "to": "group", "plan": {}}
+        refused = client.post("/v1/conversions", json=asked)
+        assert refused.status_code == 422
+        assert refused.json()["errors"] == [
+            {"pointer": "/body", "detail": "give either to, for example group, or plan"}
+        ]
+
     def test_fields_around_and_content_that_looks_like_a_boundary(self, client: TestClient) -> None:
         content = b"\r\n--x\r\n--" * 1000 + b"\r\n--xy"
         body = b"\r\n".join(

@@ -21,7 +21,7 @@ from api.job_schemas import ConvertJob, Job
 from api.keys import Owner
 from api.owned import fetch
 from api.parts import Asking, Parts, Service
-from api.problems import ProblemError, documented
+from api.problems import ProblemError, documented, said
 from api.receiving import FORM_ROOM, checked_name, incoming, keep_upload, receive_form
 from api.routes.artifacts import download
 from api.routes.jobs import job_of
@@ -157,4 +157,5 @@ def read_form(fields: dict[str, list[str]]) -> ConvertForm:
     except ValidationError as error:
         first = error.errors()[0]
         where = "/".join(map(str, first["loc"]))
-        raise ProblemError(422, "invalid-request", f"{where}: {first['msg']}"[:1000]) from error
+        detail = f"{where}: {said(first)}" if where else said(first)
+        raise ProblemError(422, "invalid-request", detail[:1000]) from error
