@@ -63,7 +63,7 @@ class Crop:
 
 def batch_dependence(model: nn.Module, inputs: Any, floats: Floats) -> BatchDependence:
     """Measure it on one batch of at least three samples (fewer: nothing can be measured)."""
-    size = _batch_size(inputs)
+    size = batch_size(inputs)
     if size < 3:
         few = f"the first batch has {size} samples; three are needed to put one into two batches"
         return BatchDependence(None, None, None, None, few)
@@ -154,7 +154,10 @@ def crop_dependence(model: nn.Module, inputs: Any, floats: Floats, crop: Crop) -
     return _distance([part[0][inner]], [whole[0][inner]])
 
 
-def _batch_size(inputs: Any) -> int:
+def batch_size(inputs: Any) -> int:
+    """Return the number of samples in one forward pass's inputs: a list's length, else the first size."""
+    if isinstance(inputs, tuple) and inputs and isinstance(inputs[0], list):
+        inputs = inputs[0]
     if isinstance(inputs, list):
         return len(inputs)
     tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from normsearch.dependence import Crop, batch_dependence, crop_dependence
+from normsearch.dependence import Crop, batch_dependence, batch_size, crop_dependence
 from normsearch.errors import ModelError, PlanError
 from normsearch.forward import evaluating, try_call, uncompiled
 from normsearch.memory import peak_memory
@@ -71,10 +71,10 @@ def compare(
     _check_models(original, converted)
     pick = outputs or (lambda output: output)
     sums = DriftSums(logits)
-    first = None
+    first, count = None, 0
     with evaluating(original), evaluating(converted):
         for inputs in batches:
-            first = inputs if first is None else first
+            first, count = inputs if first is None else first, count + 1
             before, after = (_named(pick(try_call(model, inputs))) for model in (original, converted))
             _same_places(before, after)
             sums.add(list(before.values()), [after[place] for place in before])
@@ -98,6 +98,8 @@ def compare(
         crop_dependence=None if crops is None else Change(*crops),
         parameters=Change(_parameters(original), _parameters(converted)),
         batch_norms=Change(_batch_norms(original), _batch_norms(converted)),
+        batches=count,
+        batch_size=batch_size(first),
         environment=Environment.here(converted),
     )
 
@@ -143,6 +145,7 @@ def profile(model: Model, inputs: Any, *, repeats: int = 10) -> Profile:
         latency_most_ms=max(times),
         peak_memory_bytes=peak,
         environment=Environment.here(model),
+        batch_size=batch_size(inputs),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from normsearch.dependence import BatchDependence
+from normsearch.text import batches, memory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,6 +87,8 @@ class Report(_Printable):
         crop_dependence: of a tile's pixels on what lies around it; None unless asked for.
         parameters: number of parameters.
         batch_norms: number of BatchNorm sites, modules and functional calls.
+        batches: number of batches measured on.
+        batch_size: number of samples in the first one, on which dependence was measured.
         environment: device, dtype and versions.
 
     """
@@ -96,6 +99,8 @@ class Report(_Printable):
     crop_dependence: Change[float] | None
     parameters: Change[int]
     batch_norms: Change[int]
+    batches: int
+    batch_size: int
     environment: Environment
 
     def __rich__(self) -> Table:
@@ -104,7 +109,8 @@ class Report(_Printable):
         here = self.environment
         table = Table(
             title="before and after conversion",
-            caption=f"{here.device}, {here.dtype}, torch {here.torch}, {here.threads} threads",
+            caption=f"{batches(self.batches, self.batch_size)}\n{here.device}, {here.dtype}, "
+            f"torch {here.torch}, {here.threads} threads",
         )
         table.add_column("quantity")
         table.add_column("before", justify="right")
@@ -141,6 +147,7 @@ class Profile(_Printable):
         latency_most_ms: longest time.
         peak_memory_bytes: largest size of tensors alive at once during the pass.
         environment: device, dtype and versions.
+        batch_size: number of samples in the pass; None in reports that did not say it.
 
     """
 
@@ -150,19 +157,23 @@ class Profile(_Printable):
     latency_most_ms: float
     peak_memory_bytes: int
     environment: Environment
+    batch_size: int | None = None
 
     def __rich__(self) -> Table:
         from rich.table import Table
 
         here = self.environment
-        table = Table(title=f"{here.device}, {here.dtype}, torch {here.torch}, {here.threads} threads")
+        table = Table(
+            title=f"{batches(1, self.batch_size)}\n{here.device}, {here.dtype}, torch {here.torch}, "
+            f"{here.threads} threads"
+        )
         table.add_column("quantity")
         table.add_column("value", justify="right")
         table.add_row("parameters", f"{self.parameters:,}")
         table.add_row(
             "latency", f"{self.latency_ms:.2f} ms ({self.latency_least_ms:.2f}-{self.latency_most_ms:.2f})"
         )
-        table.add_row("peak memory of activations", f"{self.peak_memory_bytes / 2**20:.1f} MiB")
+        table.add_row("peak memory of activations", memory(self.peak_memory_bytes))
         return table
 
 

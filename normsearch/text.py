@@ -34,3 +34,28 @@ def percent(value: float | None) -> str:
     shown = 100 * value
     digits = 2 if abs(shown) < 10 else 1 if abs(shown) < 100 else 0
     return f"{shown:,.{digits}f} %"
+
+
+def batches(count: int, size: int | None) -> str:
+    """Return how many batches there were, and how many samples in the first.
+
+    Example:
+        >>> [batches(1, 8), batches(3, 1), batches(2, None)]
+        ['1 batch of 8 samples', '3 batches, the first of 1 sample', '2 batches']
+
+    """
+    counted = f"{count:,} batch{'' if count == 1 else 'es'}"
+    if size is None:
+        return counted
+    return f"{counted}{'' if count == 1 else ', the first'} of {size:,} sample{'' if size == 1 else 's'}"
+
+
+def memory(size: int) -> str:
+    """Return a number of bytes in MiB, or in KiB where it is less than one.
+
+    Example:
+        >>> [memory(3_200_000), memory(20_000)]
+        ['3.1 MiB', '19.5 KiB']
+
+    """
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

@@ -241,6 +241,20 @@ def test_compare_and_profile(checkpoint: str, folder: Path) -> None:
     assert cost["parameters"] == report["parameters"]["after"]
 
 
+def test_the_batch_size_that_was_measured_is_said(checkpoint: str, folder: Path) -> None:
+    np.savez(folder / "x.npz", np.random.default_rng(0).standard_normal((9, 3, 32, 32)).astype(np.float32))
+    inputs = ["--inputs", "x.npz"]
+    words = [checkpoint, *MODEL, "--to", "frozen", "-o", "f.safetensors", "--report", "f.json", *inputs]
+    assert "2 batches, the first of 8 samples" in cli("convert", *words).stdout
+    report = json.loads((folder / "f.json").read_text())
+    compared = output("compare", checkpoint, "f.safetensors", *MODEL, *inputs)
+    assert [compared[key] for key in ("batches", "batch_size")] == [2, 8]
+    assert report == compared
+    profiled = cli("profile", checkpoint, *MODEL, *inputs, "--batch-size", "100", "--repeats", "1")
+    assert "the inputs have 9 samples, fewer than --batch-size" in profiled.stderr
+    assert "1 batch of 9 samples" in profiled.stdout
+
+
 def test_half_precision_checkpoint_gets_half_precision_inputs(
     folder: Path, weights: dict[str, torch.Tensor]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from normsearch import Crop, ModelError, PlanError, compare, convert, profile
+from normsearch.dependence import batch_size
 from normsearch.reports import BatchDependence, Change
 
 torch.set_num_threads(1)
@@ -397,6 +399,25 @@ def test_a_report_renders_as_a_table() -> None:
     assert f"torch {torch.__version__}" in text
 
 
+@pytest.mark.parametrize(
+    ("batches", "told"),
+    [
+        ([images(4)], "1 batch of 4 samples"),
+        ([images(4), images(2)], "2 batches, the first of 4 samples"),
+        ([images(1)], "1 batch of 1 sample"),
+    ],
+)
+def test_a_report_says_how_many_samples_were_measured(batches: list[Tensor], told: str) -> None:
+    report = compare(norm_net(), norm_net(), batches)
+    assert (report.batches, report.batch_size) == (len(batches), len(batches[0]))
+    assert told in text_of(report)
+
+
+def test_a_list_of_images_is_counted_wherever_it_stands() -> None:
+    listed = [torch.randn(3, 8, 8) for _ in range(5)]
+    assert [batch_size(inputs) for inputs in (listed, (listed,), {"x": images(4)})] == [5, 5, 4]
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     text = text_of(compare(norm_net(), norm_net(), [images(2)]))
     line = next(line for line in text.splitlines() if "batch dependence, train" in line)
@@ -493,7 +514,12 @@ def test_a_profile_is_valid_json_and_renders_as_a_table() -> None:
     text = text_of(found)
     assert "770" in text
     assert f"{found.latency_ms:.2f} ms" in text
-    assert f"{found.peak_memory_bytes / 2**20:.1f} MiB" in text
+    assert f"{found.peak_memory_bytes / 2**10:.1f} KiB" in text
+    assert found.batch_size == len(images())
+    assert f"1 batch of {len(images())} samples" in text
+    large = replace(found, peak_memory_bytes=3 * 2**20, batch_size=None)
+    assert "3.0 MiB" in text_of(large)
+    assert "1 batch " in text_of(large)
 
 
 def test_an_empty_batch_is_an_error() -> None:

@@ -50,6 +50,11 @@ def test_document_holds_what_was_measured(
         old, new, last = (torch.cat([m(x) for x in batches]) for m in (net, converted, calibrated))
     summary = part(found, sections.Summary)
     assert (summary.sites, summary.changed, summary.batches) == (4, 3, 2)
+    assert summary.batch_size == len(batches[0])
+    cost = part(found, sections.Cost)
+    assert cost.before.batch_size == cost.after.batch_size == len(batches[0])
+    assert f"2 batches, the first of {len(batches[0])} samples" in found.to_html()
+    assert f"on the first batch, of {len(batches[0])} samples" in found.to_html()
     assert summary.methods == {"batch_instance": 1, "batch": 1, "switchable": 1, "group(groups=1)": 1}
     assert (summary.exact, summary.batch_independent) == (False, False)
     assert summary.parameters == tuple(sum(p.numel() for p in m.parameters()) for m in (net, calibrated))
@@ -240,6 +245,20 @@ MALFORMED = (
     (small().to_json().replace("0.5", "NaN"), "not a report"),
     ("[" * 100_000, "not a report"),
 )
+
+
+def test_reports_that_do_not_say_the_batch_size_are_read(
+    made: tuple[Document, nn.Module, nn.Module, nn.Module],
+) -> None:
+    old = json.loads(made[0].to_json())
+    for section in old["sections"]:
+        for place in (section, section.get("before"), section.get("after")):
+            if isinstance(place, dict):
+                place.pop("batch_size", None)
+    found = Document.from_json(json.dumps(old))
+    assert part(found, sections.Summary).batch_size is None
+    assert part(found, sections.Cost).before.batch_size is None
+    assert "<dd>2 batches</dd>" in found.to_html()
 
 
 @pytest.mark.parametrize(("text", "message"), MALFORMED, ids=[message[:30] for _, message in MALFORMED])

@@ -16,6 +16,7 @@ from normsearch.arguments import read_plan, read_to
 from normsearch.checkpoints import Checkpoint, save
 from normsearch.commands import onnx_files
 from normsearch.commands.options import (
+    MEASURED,
     Arch,
     Arguments,
     Batch,
@@ -73,7 +74,7 @@ def convert(
     keep: Annotated[Keep, typer.Option(help="What new layers keep of the old ones.")] = Keep.FUNCTION,
     input_shape: Shape = None,
     inputs: Inputs = None,
-    batch_size: Batch = 4,
+    batch_size: Batch = MEASURED,
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,

@@ -12,6 +12,7 @@ from normsearch.admission.programs import is_program
 from normsearch.checkpoints import Checkpoint
 from normsearch.commands import onnx_files
 from normsearch.commands.options import (
+    MEASURED,
     Arch,
     Arguments,
     Batch,
@@ -45,7 +46,7 @@ def compare(
     entry: Entry = None,
     input_shape: Shape = None,
     inputs: Inputs = None,
-    batch_size: Batch = 8,
+    batch_size: Batch = MEASURED,
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
@@ -101,4 +102,6 @@ def profile(
     given = given_inputs(loaded.model, input_shape, batch_size, inputs, (image_size, mean, std))
     with progress("measuring"):
         found = normsearch.profile(loaded.model, first_of(given), repeats=repeats)
+    if found.batch_size is not None and found.batch_size < batch_size:
+        typer.echo(f"note: the inputs have {found.batch_size} samples, fewer than --batch-size", err=True)
     typer.echo(found.to_json()) if as_json else OUT.print(found)

@@ -62,6 +62,8 @@ _INPUTS = (
 Inputs = Annotated[Path | None, typer.Option(help=_INPUTS, show_default=False)]
 NeededInputs = Annotated[Path, typer.Option("--inputs", help=_INPUTS, show_default=False)]
 Batch = Annotated[int, typer.Option(min=1, max=65536, help="Number of samples in a forward pass.")]
+#: How many where convert --report, compare and report measure the same thing.
+MEASURED = 8
 Samples = Annotated[
     int, typer.Option(min=1, help="The most samples that are used, evenly spread over all there are.")
 ]

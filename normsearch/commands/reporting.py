@@ -13,6 +13,7 @@ import normsearch
 from normsearch.arguments import read_methods, read_text
 from normsearch.commands import onnx_files
 from normsearch.commands.options import (
+    MEASURED,
     Arch,
     Arguments,
     Batch,
@@ -178,7 +179,7 @@ def report(
     entry: Entry = None,
     input_shape: Shape = None,
     inputs: Inputs = None,
-    batch_size: Batch = 16,
+    batch_size: Batch = MEASURED,
     samples: Samples = 256,
     image_size: ImageSize = None,
     mean: Mean = None,

@@ -211,6 +211,7 @@ def _measure(
     dependence = reports[-1].batch_dependence
     return parts.Found(
         counted.batches,
+        reports[-1].batch_size,
         [parts.moved(report) for report in reports],
         drifts,
         sections.Dependence(before=parts.known(dependence.before), after=parts.known(dependence.after)),

@@ -59,7 +59,7 @@ class Document:
         from normsearch.reporting.reading import read
 
         document = cls(**read(text, FORMAT, VERSION))
-        if json.loads(text) != json.loads(document.to_json()):
+        if not _is_held(json.loads(text), json.loads(document.to_json())):
             raise ReportError("not a report: it holds fields that this version of normsearch does not know")
         return document
 
@@ -106,3 +106,12 @@ def check_name(path: Path) -> None:
     """
     if path.suffix not in ("", ".html", ".json"):
         raise ReportError(f"{path}: a report is written as .html and .json; give such a name")
+
+
+def _is_held(given: Any, read: Any) -> bool:
+    """Tell whether everything given was read; what only was read is what older versions did not write."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        return set(given) <= set(read) and all(_is_held(given.get(key), value) for key, value in read.items())
+    if isinstance(given, list) and isinstance(read, list):
+        return len(given) == len(read) and all(map(_is_held, given, read))
+    return bool(given == read)

@@ -164,6 +164,7 @@ def _measure(
     crops = last.crop_dependence
     return parts.Found(
         counted.batches,
+        last.batch_size,
         [parts.moved(report) for report in reports],
         drifts,
         sections.Dependence(

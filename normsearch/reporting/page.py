@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from normsearch.reporting import charts, sections
 from normsearch.reporting.search_page import ORIGINS, SEARCH_FILTERS
-from normsearch.text import STEPS, percent, visible
+from normsearch.text import STEPS, batches, percent, visible
 
 if TYPE_CHECKING:
     from normsearch.reporting.documents import Document
@@ -72,6 +72,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "percent": unbroken,
+        "batches": batches,
         "bar": charts.stacked_bar,
         "columns": charts.histogram,
         "heat": heat,

@@ -23,6 +23,7 @@ class Found:
     """What forward passes showed: of the converted, then of the calibrated model."""
 
     batches: int
+    batch_size: int
     moved: list[sections.Moved]
     drifts: list[dict[str, SiteDrift]]
     dependence: sections.Dependence
@@ -39,6 +40,7 @@ def summary(plan: Plan, parameters: tuple[int, int], found: Found | None) -> sec
         batch_independent=plan.batch_independent,
         parameters=parameters,
         batches=None if found is None else found.batches,
+        batch_size=None if found is None else found.batch_size,
         converted=None if found is None else found.moved[0],
         calibrated=None if found is None or len(found.moved) == 1 else found.moved[1],
     )

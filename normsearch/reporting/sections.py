@@ -44,6 +44,7 @@ class Summary:
         batch_independent: whether no sample's output depends on the others, in training too.
         parameters: number of parameters before and after.
         batches: number of batches measured on; None without.
+        batch_size: number of samples in the first of them; None in reports that did not say it.
         converted: the outputs after conversion.
         calibrated: the outputs after calibration.
 
@@ -57,6 +58,7 @@ class Summary:
     batch_independent: bool
     parameters: tuple[int, int]
     batches: int | None = None
+    batch_size: int | None = None
     converted: Moved | None = None
     calibrated: Moved | None = None
 
