@@ -136,6 +136,39 @@ def test_keep_nothing(checkpoint: str) -> None:
     assert torch.equal(load_file("o.safetensors")["bn1.weight"], torch.ones(64))
 
 
+DETECTOR = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return [{"boxes": y[y > 0.5 + 0.1 * y.mean()]}]
+"""
+
+
+def test_a_detector_is_told_that_python_picks_its_outputs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    (folder / "detecting.py").write_text(DETECTOR)
+    network = ["-a", "detecting:Net"]
+    torch.save(normsearch.build("detecting:Net", allow_factories=True).state_dict(), folder / "net.pth")
+    cli("convert", "net.pth", *network, "--to", "layer", "-o", "out.safetensors", "--no-script")
+    np.savez(folder / "x.npz", np.random.default_rng(0).standard_normal((8, 3, 9, 9)).astype(np.float32))
+    words = [*network, "--inputs", "x.npz"]
+    for command in (
+        ["calibrate", "net.pth", "out.safetensors", *words, "-o", "c.safetensors"],
+        ["compare", "net.pth", "out.safetensors", *words],
+    ):
+        said = cli(*command, code=1).stderr
+        assert "from Python, outputs= picks what is compared" in said
+        assert said.count("outputs=") == 1
+
+
 @pytest.mark.parametrize("there", ["out.safetensors", "out_model.py", "report.json"])
 def test_nothing_is_replaced_without_force(there: str, checkpoint: str, folder: Path) -> None:
     (folder / there).write_text("mine")
@@ -587,6 +620,15 @@ def test_errors_speak_in_options(folder: Path) -> None:
             "--logits needs outputs",
         ),
         ("X cannot be copied (E: m); use in_place=True to edit the model itself", "convert without --report"),
+        (
+            "give a model and what convert made of it, or outputs=, a function that picks comparable tensors "
+            "(outputs=lambda output: () matches the sites alone, as a detector's boxes need)",
+            "what convert made of it; from Python, outputs= picks what is compared",
+        ),
+        (
+            "check the inputs, or give outputs= to pick finite ones",
+            "check the inputs; from Python, outputs= picks what is compared",
+        ),
     ],
 )
 def test_python_is_said_in_options(python: str, options: str) -> None:

@@ -45,6 +45,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"; (give|pick with) outputs=[^;]*", f"; {_IN_PYTHON}"),
     (r", and outputs= to pick.*", f"; {_IN_PYTHON}"),
     (r", or pick other outputs with outputs=", f"; {_IN_PYTHON}"),
+    (r", or (give )?outputs=.*", f"; {_IN_PYTHON}"),
     (r"replace it with force=True \(--force\)", "replace it with --force"),
     (r"allow_factories=True, or --architecture on the command line", "--architecture"),
     (r"\(--architecture, or architecture= and allow_factories=True\)", "(--architecture)"),
