@@ -81,6 +81,16 @@ def test_an_unbatched_image_is_an_error(method: str, inputs: Tensor | None) -> N
         converted(images()[0])
 
 
+@pytest.mark.parametrize("method", ["identity", "weight", "spectral"])
+def test_folded_layers_take_what_the_convolution_takes(method: str) -> None:
+    network = trained(nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8))).eval()
+    converted = convert(network, method).eval()
+    x = torch.randn(2, 3, 13)
+    with pytest.raises((ValueError, RuntimeError)):
+        network(x[0])
+    close(converted(x[0]), network(x)[0])
+
+
 @pytest.mark.parametrize("inputs", [None, images()], ids=["shape unknown", "shape known"])
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("instance", "group", "layer")])
 def test_an_unbatched_image_as_high_as_it_has_channels_is_an_error(
