@@ -502,20 +502,42 @@ class _Opener:
             module.register_buffer(name, tensor, persistent=bool(spec.persistent))
 
     def _fill(self, root: nn.Module) -> nn.Module:
-        """Put every layer and tensor at its place, in the order of the program's names."""
+        """Put every layer and tensor at its place, layers in the order that the model had them in."""
         root._modules.clear()
+        for path in self._owners():
+            if path in self.opening.layers:
+                self._put(root, path)
+            else:
+                _owner_of(root, path)
         for full in self.tensors:
             owner, _, name = self.opening.places[full].rpartition(".")
-            if owner in self.opening.layers:
-                self._put(root, owner)
-            else:
+            if owner not in self.opening.layers:
                 self._attach(_owner_of(root, owner), name, full)
-        for path in self.opening.layers:
-            self._put(root, path)
         for name, child in self.program.graph_module.named_children():
             if name not in root._modules:
                 root.add_module(name, child)
         return root
+
+    def _owners(self) -> list[str]:
+        """Return the paths of layers and of what else holds tensors, in the model's order.
+
+        A program lists its parameters in that order. Layers without come after what was called before them:
+        buffers are listed apart, and by decompositions in another order.
+        """
+        parameters: dict[str, None] = {}
+        others: dict[str, None] = {}
+        for full in self.tensors:
+            is_parameter = self.specs[self.holders[full]].kind is InputKind.PARAMETER
+            owner = self.opening.places[full].rpartition(".")[0]
+            (parameters if is_parameter else others)[owner] = None
+        found: list[str] = []
+        for paths in (parameters, self.opening.layers, others):
+            place = 0
+            for path in paths:
+                if path not in found:
+                    found.insert(place, path)
+                place = found.index(path) + 1
+        return found
 
     def _put(self, root: nn.Module, path: str) -> None:
         owner, _, name = path.rpartition(".")

@@ -509,6 +509,36 @@ def test_the_module_of_a_program_is_refused_with_the_way_out() -> None:
             act()
 
 
+class Plain(nn.Module):
+    """Batch norms with and without numbers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.third = nn.BatchNorm2d(4, affine=False)
+        self.fourth = nn.BatchNorm2d(4)
+        self.fifth = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+        self.sixth = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.third(self.second(self.first(x)))
+        result: Tensor = self.sixth(self.fifth(self.fourth(x)))
+        return result
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_sites_are_in_the_order_of_the_model(decomposed: bool) -> None:
+    model = Plain().eval()
+    program = torch.export.export(model, (torch.randn(2, 4, 3, 3),))
+    if decomposed:
+        program = program.run_decompositions()
+    paths = [site.path for site in find_sites(program)]
+    # Without numbers of its own, a layer has no name in a program.
+    assert [path for path in paths if hasattr(model, path)] == ["first", "second", "third", "fourth", "sixth"]
+    assert not hasattr(model, paths[4])
+    assert len(paths) == 6
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_program_is_compared_with_a_checkpoint(
     order: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
