@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normsearch.errors import MethodError, ShapeError, StateError
-from normsearch.sites import NormSite, broken_statistics, is_trained
+from normsearch.sites import STATE, NormSite, broken_statistics, is_trained
 
 Keep = Literal["function", "affine", "nothing"]
 
@@ -50,7 +50,7 @@ class TrainedNorm:
         running_mean: μ of shape (C,).
         running_var: σ² of shape (C,).
         num_batches_tracked: number of updates, a scalar.
-        trained: whether the statistics carry anything; False once they were dropped by ``reset``.
+        trained: whether the layer carries anything; False once its statistics were dropped by ``reset``.
         training: the layer's training flag.
         synchronized: whether batch statistics were taken over a process group.
         process_group: that group; None is the default group.
@@ -73,7 +73,7 @@ class TrainedNorm:
     @classmethod
     def of(cls, module: nn.Module, site: NormSite) -> Self:
         """Read a layer found by ``find_sites``."""
-        state = {name: getattr(module, name, None) for name in _STATE_NAMES}
+        state = {name: getattr(module, name, None) for name in STATE}
         return cls._from(state, site, module.training, getattr(module, "process_group", None))
 
     @classmethod
@@ -85,7 +85,7 @@ class TrainedNorm:
                 are not finite.
 
         """
-        state = {name: state_dict.get(f"{prefix}{name}") for name in _STATE_NAMES}
+        state = {name: state_dict.get(f"{prefix}{name}") for name in STATE}
         needed = ("running_mean", "running_var") if site.track_running_stats else ()
         for name in needed + (("weight",) if site.affine else ()) + (("bias",) if site.bias else ()):
             if state[name] is None:
@@ -110,7 +110,7 @@ class TrainedNorm:
     @classmethod
     def _from(cls, state: dict[str, Tensor | None], site: NormSite, training: bool, group: Any) -> Self:
         assert site.channels is not None
-        trained = is_trained(state["running_mean"], state["running_var"], state["num_batches_tracked"])
+        trained = is_trained(state)
         return cls(
             channels=site.channels,
             eps=site.eps,
@@ -126,7 +126,7 @@ class TrainedNorm:
     @classmethod
     def absent(cls, site: NormSite) -> Self:
         """Stand in for the BatchNorm that a site of kind ``weight`` does not have."""
-        state: dict[str, Tensor | None] = dict.fromkeys(_STATE_NAMES)
+        state: dict[str, Tensor | None] = dict.fromkeys(STATE)
         return cls._from(state, site, True, None)
 
     def reset(self, keep: Keep) -> Self:
@@ -212,9 +212,6 @@ class TrainedNorm:
         for name, (value, old) in folded.items():
             trainable = self.trainable if old is None else old.requires_grad
             layer.register_parameter(name, nn.Parameter(value.to(**self.factory), requires_grad=trainable))
-
-
-_STATE_NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def _zero(tensor: Tensor | None) -> Tensor | None:

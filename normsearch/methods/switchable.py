@@ -94,8 +94,8 @@ class Switchable(Method):
 
     Args:
         bn_logit: where the BatchNorm logits start in a trained network (the others at 0). 3 gives
-            BatchNorm 91 % and learns; 40 and more is exact where there are running statistics, but its
-            softmax no longer moves.
+            BatchNorm 91 % and learns; 40 and more is exact in trained layers with running statistics,
+            but its softmax no longer moves.
 
     """
 
@@ -117,13 +117,15 @@ class Switchable(Method):
         return self.bn_logit >= _EXACT_LOGIT
 
     def exact_at(self, site: NormSite) -> bool:
-        """Only with running statistics: without, nothing tells a trained layer, and the parts start equal."""
-        return self.exact and site.track_running_stats
+        """Only in a trained layer with running statistics: in others the parts start equal."""
+        return self.exact and site.track_running_stats and site.trained is not False
 
     def notes(self, site: NormSite) -> tuple[str, ...]:
         """Say where an affine is added, and where BatchNorm does not lead."""
         if not site.track_running_stats:
             return ("no running statistics: the three parts start equal, whatever bn_logit is",)
+        if self.exact and site.trained is False:
+            return ("untrained: the three parts start equal, whatever bn_logit is",)
         return affine_note(site)
 
     @torch.no_grad()
