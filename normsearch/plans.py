@@ -348,6 +348,18 @@ def _site_refusal(site: NormSite, method: Method) -> Refusal | None:
             "the layer has no BatchNorm, only a weight",
             "choose weight or spectral, or leave it out with where=lambda site: site.kind != 'weight'",
         )
+    # timm's norm + act layers become a Sequential, which has the numbers one level below.
+    left = () if site.activation is not None else method.leaves(site)
+    missing = [name for name in site.read if name not in left]
+    if missing:
+        return method.refuse(
+            site,
+            f"a forward method of the model reads its {' and '.join(missing)}, which the new layer does not "
+            "have",
+            "choose frozen or batch_renorm, or leave it out with where=lambda site: not site.read"
+            if site.activation is None
+            else "leave it out with where=lambda site: not site.read",
+        )
     if site.tied and not method.carries_parameters:
         return method.refuse(
             site,

@@ -21,6 +21,7 @@ from normsearch.functional import FunctionalCall, find_functional_calls, names_b
 from normsearch.lifting import FunctionalBatchNorm, lifted
 from normsearch.observation import Observation, observe
 from normsearch.opening import Left, Model, as_module, opening_of
+from normsearch.readings import readings
 from normsearch.reparametrization import out_channels
 from normsearch.tracing import WEIGHTED, Traces
 
@@ -79,6 +80,7 @@ class NormSite:
         tied: full names of parameters elsewhere that are the same object as its weight or bias.
         detail: why a reported site, or one with broken statistics, cannot be converted.
         open_batch: whether it normalizes by the batch in an exported program that takes any batch size.
+        read: which of its weight, bias, running_mean and running_var a forward method reads from outside.
 
     Example:
         >>> import torch, normsearch
@@ -108,6 +110,7 @@ class NormSite:
     tied: tuple[str, ...] = ()
     detail: str | None = None
     open_batch: bool = False
+    read: tuple[str, ...] = ()
 
     @property
     def fewest_elements(self) -> int | None:
@@ -165,6 +168,7 @@ def analyse(
         observation = observe(unwrapped(subject)[0], inputs, watched)
         if observation.functional and not functional:
             return analyse(original, inputs, dataflow=dataflow, weights=weights, functional=True)
+    sites = _with_readings(model, sites, modules)
     if observation.ran:
         sites = [_with_observation(site, observation) for site in sites]
     if opening is not None:
@@ -381,6 +385,16 @@ def _ranks(module: nn.Module) -> tuple[int, ...]:
 def _with_observation(site: NormSite, observation: Observation) -> NormSite:
     shapes = tuple(dict.fromkeys(observation.shapes.get(site.path, ())))
     return replace(site, input_shapes=shapes, calls=len(observation.shapes.get(site.path, ())))
+
+
+def _with_readings(
+    model: nn.Module, sites: list[NormSite], modules: Mapping[str, nn.Module]
+) -> list[NormSite]:
+    read = defaultdict(set)
+    for reading in readings(model, {id(module): module for module in modules.values()}):
+        if reading.in_forward:
+            read[reading.layer].add(reading.number)
+    return [replace(site, read=tuple(sorted(read[id(modules[site.path])]))) for site in sites]
 
 
 def _left_site(left: Left) -> NormSite:

@@ -240,6 +240,7 @@ class Method(ABC):
         title: its name in the literature.
         citation: where it comes from.
         carries_parameters: whether γ and β live on in the new layer, unchanged, so that they may be tied.
+        carries_statistics: whether the new layer has the running statistics, unchanged, by the same names.
         activates: whether it brings an activation, which may take the place of the one that follows.
         of_weights: whether it can stand at a convolution or linear layer without BatchNorm too.
 
@@ -249,6 +250,7 @@ class Method(ABC):
     title: ClassVar[str]
     citation: ClassVar[str]
     carries_parameters: ClassVar[bool] = False
+    carries_statistics: ClassVar[bool] = False
     activates: ClassVar[bool] = False
     of_weights: ClassVar[bool] = False
 
@@ -290,7 +292,14 @@ class Method(ABC):
 
     def exact_at(self, site: NormSite) -> bool:
         """Whether the eval-mode function is kept exactly at this site."""
-        return self.exact
+        same = (("weight", "bias") if self.carries_parameters else ()) + (
+            ("running_mean", "running_var") if self.carries_statistics else ()
+        )
+        return self.exact and set(site.read) <= set(same)
+
+    def leaves(self, site: NormSite) -> tuple[str, ...]:
+        """Return which of BatchNorm's weight, bias, running_mean and running_var the new layer has too."""
+        return ("weight", "bias", *(("running_mean", "running_var") if self.carries_statistics else ()))
 
     def absorbs(self, site: NormSite) -> bool:
         """Whether it takes the place of the activation that follows the site."""

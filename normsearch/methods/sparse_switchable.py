@@ -218,6 +218,7 @@ class SparseSwitchable(Method):
     title = "Sparse Switchable Normalization"
     citation = "Shao et al., 2019, arXiv:1903.03793"
     batch_independent = False
+    carries_statistics = True
 
     steps: int = 10_000
 

@@ -103,6 +103,7 @@ class Switchable(Method):
     title = "Switchable Normalization"
     citation = "Luo et al., 2018, arXiv:1806.10779"
     batch_independent = False
+    carries_statistics = True
 
     bn_logit: float = 3.0
 
@@ -118,7 +119,7 @@ class Switchable(Method):
 
     def exact_at(self, site: NormSite) -> bool:
         """Only in a trained layer with running statistics: in others the parts start equal."""
-        return self.exact and site.track_running_stats and site.trained is not False
+        return super().exact_at(site) and site.track_running_stats and site.trained is not False
 
     def notes(self, site: NormSite) -> tuple[str, ...]:
         """Say where an affine is added, and where BatchNorm does not lead."""

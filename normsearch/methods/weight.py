@@ -200,7 +200,13 @@ class Weight(Method):
 
     def exact_at(self, site: NormSite) -> bool:
         """Unless the layer was never trained: then it may be drawn anew."""
-        return not _untrained(site)
+        return super().exact_at(site) and not _untrained(site)
+
+    def leaves(self, site: NormSite) -> tuple[str, ...]:
+        """Return what of BatchNorm's numbers is still at the site: none where it is ``nn.Identity``."""
+        if not foldable(site):
+            return ("weight", "bias", *(("running_mean",) if self.mean_only else ()))
+        return ("bias", "running_mean") if self.mean_only else ()
 
     @property
     def batch_independent(self) -> bool:
