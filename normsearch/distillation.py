@@ -103,8 +103,9 @@ def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor
         if "use_reentrant" not in str(error):
             raise
         raise ModelError(
-            "the converted model uses gradient checkpointing with use_reentrant=True, through which gradients "
-            "of chosen parameters cannot be computed; switch checkpointing off, or use use_reentrant=False"
+            "the converted model uses gradient checkpointing with use_reentrant=True, through which no "
+            "gradients of chosen parameters can be computed; switch checkpointing off, or give "
+            "use_reentrant=False"
         ) from error
 
 

@@ -149,6 +149,14 @@ def try_call(model: nn.Module, inputs: Any) -> Any:
     except ModelError:
         raise
     except Exception as error:
+        if isinstance(inputs, list):
+            said = str(error).partition("\n")[0].rstrip(":")
+            raise ModelError(
+                f"{type(model).__name__} failed on a list of {len(inputs)} as its one argument with "
+                f"{type(error).__name__}: {said}. A batch is a tensor, a tuple for positional or a dict for "
+                "keyword arguments; a DataLoader over a TensorDataset yields lists: give "
+                "[batch[0] for batch in loader]"
+            ) from error
         raise ModelError(
             f"{type(model).__name__} failed on the given inputs with {type(error).__name__}: {error}. "
             "A tuple is passed as *args, a dict as **kwargs, anything else as one argument; "

@@ -222,8 +222,9 @@ def _run(model: nn.Module, inputs: Any) -> None:
         try_call(model, inputs)
     except ModelError as error:
         cause = error.__cause__
+        if "more than 1 value per channel" not in str(cause):
+            raise
         raise ModelError(
             f"{type(model).__name__} failed with {type(cause).__name__}: {cause}. Layers with running "
-            "statistics were in train mode, which needs more than one value per channel: give larger "
-            "batches; a tuple is passed as *args, a dict as **kwargs, anything else as one argument"
+            "statistics were in train mode, which needs more than one value per channel: give larger batches"
         ) from cause

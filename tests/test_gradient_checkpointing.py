@@ -43,6 +43,7 @@ def test_calibration_trains_a_checkpointed_network_as_any_other() -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 def test_reentrant_checkpointing_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="use_reentrant=True.* switch checkpointing off"):
+    with pytest.raises(ModelError, match=r"use_reentrant=True.* switch checkpointing off"):
         calibrated(True)
