@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -135,6 +136,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             # GraphModules of torch.export forbid eval(); the flag itself is what layers read.
             module.training = False
         yield
+
+
+def refuse_meta(model: nn.Module, purpose: str) -> None:
+    """Raise a ``ModelError`` for a model on the meta device, which has no numbers for the purpose."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise ModelError(f"{name} is on the meta device: it has no numbers to {purpose}; load them first")
 
 
 def try_call(model: nn.Module, inputs: Any) -> Any:

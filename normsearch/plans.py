@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+
 from normsearch.compatibility import model_notes, refused_wrappers
 from normsearch.errors import PlanError, RefusedError
 from normsearch.forward import is_lazy, materialised
@@ -183,8 +185,20 @@ def explain(
         model = materialised(model, inputs)
     dataflow = any(method.needs_dataflow for methods in patterns.values() for method in methods)
     sites = analyse(model, inputs, dataflow=dataflow, weights=weights)
+    if not sites:
+        _refuse_converted(model)
     rows = decided(sites, to, where, type(model).__name__)
     return Explanation(rows, model_notes(model, [row.site for row in rows if row.method != _BATCH]))
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    """Raise a ``PlanError`` for a model without BatchNorm that has layers of normsearch."""
+    own = [type(m).__name__ for m in model.modules() if type(m).__module__.startswith("normsearch.methods.")]
+    if own:
+        raise PlanError(
+            f"{type(model).__name__} has no BatchNorm layer but {len(own)} of normsearch "
+            f"({', '.join(sorted(set(own)))}): it is converted already; start from the original model"
+        )
 
 
 def decided(sites: Sequence[NormSite], to: To, where: Where | None, owner: str) -> tuple[Row, ...]:
@@ -202,6 +216,10 @@ def decided(sites: Sequence[NormSite], to: To, where: Where | None, owner: str) 
 
     """
     patterns = _patterns(to)
+    if where is not None and not callable(where):
+        raise PlanError(
+            f"where={where!r}: give a function of a NormSite, such as lambda site: site.channels > 32"
+        )
     if not sites:
         raise PlanError(
             f"{owner} has no BatchNorm layer: there is nothing to convert; "
@@ -267,6 +285,11 @@ def _patterns(to: To) -> dict[str, tuple[Method, ...]]:
     if isinstance(to, Mapping):
         if not to:
             raise PlanError("the mapping of patterns to methods is empty; give at least {'*': method}")
+        for pattern in to:
+            if not isinstance(pattern, str):
+                raise PlanError(
+                    f"a mapping goes from patterns of site paths, which are text, got {pattern!r}"
+                )
         return {pattern: _methods(choice) for pattern, choice in to.items()}
     return {"*": _methods(to)}
 

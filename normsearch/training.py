@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from normsearch.errors import TrainingError
-from normsearch.forward import call, copied, restored_modes
+from normsearch.forward import call, copied, refuse_meta, restored_modes
 from normsearch.methods.running import RunningNorm
 from normsearch.progress import OnProgress, Stage
 from normsearch.training_state import Batches, TrainingState
@@ -156,9 +156,9 @@ def finetune(
 
     Raises:
         TrainingError: a number is out of range, the loader gives no pairs, nothing can be trained, or loss or
-            gradients are not finite.
+            gradients are not finite, or gradients are switched off.
         CheckpointError: the checkpoint cannot be read or written, or belongs to another run.
-        ModelError: the model cannot be copied.
+        ModelError: the model cannot be copied, or is on the meta device.
 
     Source: Loshchilov and Hutter, 2019, arXiv:1711.05101; Goyal et al., 2017, arXiv:1706.02677 (warm-up).
 
@@ -182,6 +182,12 @@ def finetune(
     _check_number("warmup", warmup, warmup >= 0, "at least 0")
     if not clip > 0:
         raise TrainingError(f"clip={clip}: give a number above 0, or math.inf to leave gradients as they are")
+    if not torch.is_grad_enabled():
+        raise TrainingError(
+            "gradients are switched off here, by torch.no_grad() or torch.inference_mode(); call finetune "
+            "outside of it"
+        )
+    refuse_meta(model, "train")
     trained = model if in_place else copied(model)
     groups = parameter_groups(trained, lr=lr, weight_decay=weight_decay)
     rates = [group["lr"] for group in groups]

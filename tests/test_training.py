@@ -478,3 +478,9 @@ def test_what_cannot_be_trained_is_one_clear_error(changed: dict[str, Any], word
     with pytest.raises(TrainingError, match=words):
         finetune(model, pairs() if loader is None else loader, **options | changed)
     assert states_equal(model, before)
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_switched_off_are_named(without: Any) -> None:
+    with without(), pytest.raises(TrainingError, match="gradients are switched off here"):
+        finetune(net(), pairs(), loss=F.cross_entropy, steps=1, lr=0.1)

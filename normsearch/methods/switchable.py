@@ -137,7 +137,8 @@ class Switchable(Method):
         )
         layer.take_over(old)
         if old.trained:
-            logits = torch.zeros(3, dtype=torch.float64)
+            # On the CPU, also inside of torch.device("meta"): a share is read from them.
+            logits = torch.zeros(3, dtype=torch.float64, device="cpu")
             logits[BATCH] = self.bn_logit + (_excess(old) if self.exact else 0.0)
             layer.mean_logits.copy_(logits)
             layer.var_logits.copy_(logits)
