@@ -143,10 +143,12 @@ def finetune(
         steps: how many batches are learned from, those before an interruption included.
         lr: learning rate; ten times that for the gates.
         weight_decay: AdamW's, of the weights alone.
-        warmup: steps over which the rates rise linearly; by default a tenth of ``steps``.
+        warmup: steps over which the rates rise linearly; by default a tenth of ``steps``, or what
+            the checkpoint was begun with.
         clip: the largest joint norm of the gradients; ``math.inf`` leaves them as they are.
         checkpoint: a file that is written now and then and read if it exists. It is read with
-            ``weights_only``, replaced as a whole, and refused where it belongs to another run.
+            ``weights_only``, replaced as a whole, and refused where it belongs to another run, with other
+            numbers or from other weights.
         checkpoint_every: steps between two writings; the last step is written too.
         in_place: train the model itself.
         on_progress: called after every step with the loss in ``detail``.
@@ -177,9 +179,8 @@ def finetune(
     """
     _check_number("steps", steps, steps >= 1, "at least 1")
     _check_number("checkpoint_every", checkpoint_every, checkpoint_every >= 1, "at least 1")
-    if warmup is None:
-        warmup = steps // 10
-    _check_number("warmup", warmup, warmup >= 0, "at least 0")
+    if warmup is not None:
+        _check_number("warmup", warmup, warmup >= 0, "at least 0")
     if not clip > 0:
         raise TrainingError(f"clip={clip}: give a number above 0, or math.inf to leave gradients as they are")
     if not torch.is_grad_enabled():
@@ -196,11 +197,11 @@ def finetune(
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     optimizer = torch.optim.AdamW(groups, fused=fused)
     batches = Batches(loader)
+    state = None if checkpoint is None else TrainingState(Path(checkpoint), trained, optimizer, batches)
+    if warmup is None:
+        warmup = steps // 10 if state is None else state.number("warmup", steps // 10)
     recipe = _Recipe(float(lr), float(weight_decay), warmup, float(clip))
-    state = None
-    if checkpoint is not None:
-        state = TrainingState(Path(checkpoint), trained, optimizer, batches, vars(recipe))
-    done = 0 if state is None else state.resume(steps)
+    done = 0 if state is None else state.resume(steps, vars(recipe))
     stage = Stage("fine-tuning", steps, on_progress, done=done)
     with restored_modes(trained):
         trained.train()
