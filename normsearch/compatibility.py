@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from types import FunctionType
+from types import FunctionType, MethodType
 
 import torch
 from torch import nn
@@ -41,7 +41,12 @@ def model_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...
     hidden = _hidden_notes(model)
     if not changed:
         return hidden
-    return (*hidden, *_statistics_notes(model, changed), *_affine_notes(model, changed))
+    return (
+        *hidden,
+        *_method_notes(model, changed),
+        *_statistics_notes(model, changed),
+        *_affine_notes(model, changed),
+    )
 
 
 def _hidden_notes(model: nn.Module) -> tuple[str, ...]:
@@ -66,6 +71,21 @@ def _hidden_notes(model: nn.Module) -> tuple[str, ...]:
                     "submodules and stay as they are; make it an nn.ModuleList or nn.ModuleDict"
                 )
     return tuple(notes)
+
+
+def _method_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...]:
+    """Name attributes that are a method of a layer, as ``self.norm = self.bn.forward`` leaves behind."""
+    layers = {id(model.get_submodule(site.path)): site.path for site in changed if site.kind != "functional"}
+    return tuple(
+        f"{f'{path}.{name}' if path else name} is the method {value.__name__} of "
+        f"{layers[id(value.__self__)]}, which stays that of the old layer after conversion; call the "
+        "layer itself"
+        for path, owner in model.named_modules()
+        for name, held in vars(owner).items()
+        if name not in _REGISTRIES
+        for value in tree_leaves(held)
+        if isinstance(value, MethodType) and id(value.__self__) in layers and value.__self__ is not owner
+    )
 
 
 #: Torch's own modules; those of quantization (torch.ao) read statistics of a layer of theirs.

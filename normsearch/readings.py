@@ -14,6 +14,9 @@ from torch import nn
 #: What may be read of a BatchNorm layer that another layer need not have.
 NUMBERS = ("weight", "bias", "running_mean", "running_var")
 
+#: Stands before the name of a method that is called by way of super().
+_SUPER = "super()"
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -48,7 +51,7 @@ def readings(model: nn.Module, layers: Mapping[int, nn.Module]) -> list[Reading]
             continue
         if cls not in known:
             known[cls] = {
-                name: set(_chains(code, code.co_varnames[0]))
+                name: {*_chains(code, code.co_varnames[0]), *_of_parents(code)}
                 for name, code in _own_methods(cls)
                 if code.co_argcount
             }
@@ -80,13 +83,16 @@ def _own_methods(cls: type[nn.Module]) -> Iterator[tuple[str, CodeType]]:
 
 
 def _passed(methods: Mapping[str, set[tuple[str, ...]]]) -> set[str]:
-    """Return the methods that a forward pass may come to by way of ``self``; overridden ones count too."""
+    """Return the methods that a forward pass may come to by way of ``self`` and ``super()``."""
     waiting, passed = ["forward"], set()
     while waiting:
         name = waiting.pop()
-        for variant in (key for key in methods if key.partition("@")[0] == name and key not in passed):
-            passed.add(variant)
-            waiting += [chain[0] for chain in methods[variant]]
+        if name in passed or name not in methods:
+            continue
+        passed.add(name)
+        for first, *further in methods[name]:
+            overridden = (key for key in methods if further and key.startswith(f"{further[0]}@"))
+            waiting += overridden if first == _SUPER else [first]
     return passed
 
 
@@ -112,6 +118,12 @@ def _chains(code: CodeType, first: str) -> Iterator[tuple[str, ...]]:
         # A comprehension sees self as a variable of the function around it.
         if isinstance(inner, CodeType) and first in inner.co_freevars:
             yield from _chains(inner, first)
+
+
+def _of_parents(code: CodeType) -> Iterator[tuple[str, ...]]:
+    """Yield the names that code may call by way of ``super()``."""
+    if "super" in code.co_names:
+        yield from ((_SUPER, name) for name in code.co_names)
 
 
 def _resolved(owner: nn.Module, chain: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]] | None:

@@ -82,11 +82,32 @@ class Around(nn.Module):
         return self.block(x) * torch.stack([self.block.bn.weight[i] for i in range(8)]).reshape(1, 8, 1, 1)
 
 
+class Parent(nn.Module):
+    """Has a method that reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.bn.weight.abs().reshape(1, -1, 1, 1)
+
+
+class Child(Parent):
+    """Calls that method by way of super()."""
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().scaled(self.bn(self.conv(x)))
+
+
 EXACT = ["weight", "weight(mean_only=true)", "spectral", "switchable(bn_logit=40)", "frozen", "batch_renorm"]
 
 
 @pytest.mark.parametrize("method", EXACT)
-@pytest.mark.parametrize("network", [Attentive, Indirect, Around])
+@pytest.mark.parametrize("network", [Attentive, Indirect, Around, Child])
 def test_where_forward_reads_a_sites_scale_what_is_called_exact_is(
     network: type[nn.Module], method: str
 ) -> None:
@@ -145,6 +166,16 @@ def test_a_forward_that_reads_what_the_new_layer_lacks_is_refused(method: str) -
     assert converted(images()).shape == model(images()).shape
 
 
+def test_a_forward_that_is_overridden_reads_nothing() -> None:
+    class Plain(Reader):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x))
+
+    model = trained(Plain()).eval()
+    assert find_sites(model)[0].read == ()
+    close(convert(model, "identity")(images()), model(images()))
+
+
 @pytest.mark.parametrize("method", ["frozen", "batch_renorm", "batch_instance", "switchable", "ibn", "ghost"])
 def test_a_forward_that_reads_what_the_new_layer_has_runs_on(method: str) -> None:
     model = trained(Reader()).eval()
@@ -169,3 +200,21 @@ def test_a_layer_prepared_for_quantization_is_refused_by_what_reads_its_statisti
         "_forward_approximate reads running statistics" in note for note in plan(model, "frozen").notes
     )
     assert convert(model, "frozen")(images()).shape == (4, 8, 4, 4)
+
+
+def test_an_attribute_that_is_a_layers_method_gets_a_note() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+            self.steps = [torch.relu, self.bn.forward]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for step in self.steps:
+                x = step(x)
+            return x
+
+    model = nn.Sequential(Holder())
+    (note,) = plan(model, "group").notes
+    assert note.startswith("0.steps is the method forward of 0.bn, which stays that of the old layer")
+    assert plan(model, "batch").notes == ()
