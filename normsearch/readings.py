@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 #: What may be read of a BatchNorm layer that another layer need not have.
 NUMBERS = ("weight", "bias", "running_mean", "running_var")
@@ -50,11 +50,7 @@ def readings(model: nn.Module, layers: Mapping[int, nn.Module]) -> list[Reading]
         if id(owner) in layers or cls.__module__.startswith("torch.nn.modules."):
             continue
         if cls not in known:
-            known[cls] = {
-                name: {*_chains(code, code.co_varnames[0]), *_of_parents(code)}
-                for name, code in _own_methods(cls)
-                if code.co_argcount
-            }
+            known[cls] = _methods(owner)
         methods = known[cls]
         passed = _passed(methods)
         for name, chains in methods.items():
@@ -64,6 +60,18 @@ def readings(model: nn.Module, layers: Mapping[int, nn.Module]) -> list[Reading]
                     where = f"{cls.__name__}.{name.partition('@')[0]}"
                     found.append(Reading(where, read[1], id(read[0]), name in passed))
     return found
+
+
+def _methods(owner: nn.Module) -> dict[str, set[tuple[str, ...]]]:
+    """Return what each method of a module reads of ``self``."""
+    if isinstance(owner, fx.GraphModule):
+        read = {tuple(str(node.target).split(".")) for node in owner.graph.nodes if node.op == "get_attr"}
+        return {"forward": read}
+    return {
+        name: {*_chains(code, code.co_varnames[0]), *_of_parents(code)}
+        for name, code in _own_methods(type(owner))
+        if code.co_argcount
+    }
 
 
 def _own_methods(cls: type[nn.Module]) -> Iterator[tuple[str, CodeType]]:

@@ -123,6 +123,15 @@ def test_where_forward_reads_a_sites_scale_what_is_called_exact_is(
         assert converted(images()).isfinite().all()
 
 
+def test_a_traced_graph_reads_what_its_model_reads() -> None:
+    model = trained(nn.Sequential(Attentive(), nn.ReLU())).eval()
+    traced = torch.fx.symbolic_trace(model)
+    assert find_sites(traced)[0].read == find_sites(model)[0].read == ("weight",)
+    assert not plan(traced, "weight").exact
+    with pytest.raises(RefusedError, match=r"numbers are read by .* too"):
+        plan(torch.export.export(model, (images(),)), "weight")
+
+
 def test_a_method_without_a_scale_is_refused_where_forward_reads_one() -> None:
     class Untraced(Attentive):
         def forward(self, x: Tensor) -> Tensor:
