@@ -208,7 +208,7 @@ class Site(Strict):
     tied: tuple[Name, ...]
     detail: Text | None = Field(description="why it cannot be converted")
     open_batch: bool = Field(description="whether an exported program leaves its batch size open")
-    read: tuple[Name, ...] = Field(description="its numbers that a forward method reads from outside")
+    read: tuple[Name, ...] = Field((), description="its numbers that a forward method reads from outside")
 
 
 class InputOf(Strict):
