@@ -195,7 +195,9 @@ class Site(Strict):
     affine: bool
     bias: bool
     track_running_stats: bool
-    trained: bool | None = Field(description="whether its statistics were ever updated")
+    trained: bool | None = Field(
+        description="whether its statistics, scale or shift are anything but initial values"
+    )
     ranks: tuple[int, ...]
     input_shapes: tuple[tuple[int, ...], ...]
     calls: int | None
@@ -206,6 +208,7 @@ class Site(Strict):
     tied: tuple[Name, ...]
     detail: Text | None = Field(description="why it cannot be converted")
     open_batch: bool = Field(description="whether an exported program leaves its batch size open")
+    read: tuple[Name, ...] = Field((), description="its numbers that a forward method reads from outside")
 
 
 class InputOf(Strict):

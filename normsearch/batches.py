@@ -108,5 +108,7 @@ def _same_values(x: Tensor, y: Tensor) -> bool:
 
 def _refuse_nan(inputs: Any, number: int) -> None:
     for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            raise ModelError(f"batch {number} is on the meta device: it has no numbers; give real inputs")
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()):
             raise ModelError(f"batch {number} holds NaN; clean the inputs, or leave that batch out")

@@ -18,6 +18,7 @@ from normsearch.batches import Batches
 from normsearch.closing import closed, record_in
 from normsearch.distillation import distill, site_parameters
 from normsearch.errors import ModelError, PlanError
+from normsearch.forward import refuse_meta
 from normsearch.opening import Model, opened
 from normsearch.pairing import Errors, Outputs, Pair
 from normsearch.programs import with_layers
@@ -176,6 +177,9 @@ def calibrate(
         program = closed(calibrated, record_in(converted))
         _RECORDS[program] = _RECORDS[calibrated]
         return program  # type: ignore[return-value]
+    for model in (original, converted):
+        if isinstance(model, nn.Module):
+            refuse_meta(model, "calibrate")
     with torch.random.fork_rng(devices=[]):
         data = Batches(batches, seed)
         pair = Pair(original, converted, outputs, data.first)

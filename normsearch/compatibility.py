@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dis
+import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from types import FunctionType
+from types import FunctionType, MethodType
 
 import torch
 from torch import fx, nn
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from normsearch.errors import ModelError
 from normsearch.operators import BATCH_NORMS
+from normsearch.readings import readings
 from normsearch.sites import NormSite
 
 
@@ -53,7 +53,12 @@ def model_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...
     hidden = _hidden_notes(model)
     if not changed:
         return hidden
-    return (*hidden, *_statistics_notes(model, changed), *_affine_notes(model, changed))
+    return (
+        *hidden,
+        *_method_notes(model, changed),
+        *_statistics_notes(model, changed),
+        *_affine_notes(model, changed),
+    )
 
 
 def _hidden_notes(model: nn.Module) -> tuple[str, ...]:
@@ -80,6 +85,24 @@ def _hidden_notes(model: nn.Module) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _method_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...]:
+    """Name attributes that are a method of a layer, as ``self.norm = self.bn.forward`` leaves behind."""
+    layers = {id(model.get_submodule(site.path)): site.path for site in changed if site.kind != "functional"}
+    return tuple(
+        f"{f'{path}.{name}' if path else name} is the method {value.__name__} of "
+        f"{layers[id(value.__self__)]}, which stays that of the old layer after conversion; call the "
+        "layer itself"
+        for path, owner in model.named_modules()
+        for name, held in vars(owner).items()
+        if name not in _REGISTRIES
+        for value in tree_leaves(held)
+        if isinstance(value, MethodType) and id(value.__self__) in layers and value.__self__ is not owner
+    )
+
+
+#: Torch's own modules; those of quantization (torch.ao) read statistics of a layer of theirs.
+_TORCH = ("torch.nn.", "torch.fx.")
+
 #: Where a module keeps what it registered, and hooks.
 _REGISTRIES = frozenset(vars(nn.Module()))
 
@@ -94,7 +117,7 @@ def _statistics_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[st
     notes = {}
     for module in model.modules():
         cls = type(module)
-        if id(module) in inside or cls.__module__.startswith("torch.") or cls in notes:
+        if id(module) in inside or cls.__module__.startswith(_TORCH) or cls in notes:
             continue
         readers = [name for name, function in _functions(cls) if _reads_statistics(function)]
         notes[cls] = sorted(set(readers))
@@ -107,26 +130,27 @@ def _statistics_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[st
 
 
 def _affine_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...]:
-    owners: dict[type[nn.Module], set[str]] = {}
-    for site in changed:
-        if site.kind in ("batch", "sync", "frozen", "lazy"):
-            for path in (site.path, *site.aliases):
-                owner, _, name = path.rpartition(".")
-                owners.setdefault(type(model.get_submodule(owner)), set()).add(name)
-    return tuple(
-        f"{cls.__name__}.{name} reads {child}.{attribute}, which holds other numbers, or is missing, "
+    layers = {
+        id(layer): layer
+        for site in changed
+        if site.kind in ("batch", "sync", "frozen", "lazy")
+        for layer in (model.get_submodule(site.path),)
+    }
+    found = readings(model, layers)
+    # Who reads statistics too has a note already; what prepares a new network has run before a conversion.
+    noted = {reading.method for reading in found if reading.number.startswith("running")}
+    notes = [
+        f"{reading.method} reads {'.'.join(reading.chain)}, which holds other numbers, or is missing, "
         "after conversion"
-        for cls, children in owners.items()
-        for name, function in _functions(cls)
-        # What prepares a new network has run before a conversion.
-        if "init" not in name and "reset" not in name and not _reads_statistics(function)
-        for child, attribute in sorted(_attributes_of(function, children))
-    )
+        for reading in found
+        if reading.method not in noted and not re.search("init|reset", reading.method.rpartition(".")[2])
+    ]
+    return tuple(dict.fromkeys(notes))
 
 
 def _functions(cls: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
     for base in cls.__mro__:
-        if not base.__module__.startswith("torch."):
+        if not base.__module__.startswith(_TORCH):
             for name, member in vars(base).items():
                 function = getattr(member, "__func__", member)
                 if isinstance(function, FunctionType):
@@ -135,13 +159,3 @@ def _functions(cls: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
 
 def _reads_statistics(function: FunctionType) -> bool:
     return bool({"running_mean", "running_var"} & set(function.__code__.co_names))
-
-
-def _attributes_of(function: FunctionType, children: set[str]) -> set[tuple[str, str]]:
-    """Return the (child, attribute) pairs that the code reads as ``self.child.weight`` or ``.bias``."""
-    loads = [(i.opname == "LOAD_ATTR", i.argval) for i in dis.get_instructions(function)]
-    return {
-        (first, second)
-        for (one, first), (two, second) in pairwise(loads)
-        if one and two and first in children and second in ("weight", "bias")
-    }

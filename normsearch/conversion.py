@@ -216,7 +216,7 @@ def check_sites(the_plan: Plan, sites: Sequence[NormSite], owner: str) -> None:
     refusals = []
     for site, method in the_plan.changes:
         here = found[site.path]
-        refusals.append(refusal_at(replace(site, tied=here.tied, detail=here.detail), method))
+        refusals.append(refusal_at(replace(site, tied=here.tied, detail=here.detail, read=here.read), method))
     if any(refusals):
         raise RefusedError(tuple(refusal for refusal in refusals if refusal is not None))
 

@@ -205,12 +205,29 @@ def _distance(feed: fx.Node, node: fx.Node) -> str | None:
     return None if readers == [node] else "its output is read elsewhere too"
 
 
+#: What to call on a layer whose weight torch.nn.utils computes, by what is said of it.
+REMOVAL = {
+    "it is parametrized": "torch.nn.utils.parametrize.remove_parametrizations",
+    "its weight is computed by torch.nn.utils.weight_norm": "torch.nn.utils.remove_weight_norm",
+    "its weight is computed by torch.nn.utils.spectral_norm": "torch.nn.utils.remove_spectral_norm",
+    "its weight is computed by torch.nn.utils.prune": "torch.nn.utils.prune.remove",
+}
+
+
+def _computed(layer: nn.Module) -> str:
+    """Say what computes the weight of a layer without a plain one: the hook of that module, if one does."""
+    by = (f"its weight is computed by {type(hook).__module__}" for hook in layer._forward_pre_hooks.values())
+    return next(
+        (detail for detail in by if detail in REMOVAL), "its weight is computed from other parameters"
+    )
+
+
 def _obstacle(layer: nn.Module, calls: int, uses: Counter[int]) -> str | None:
     name = type(layer).__name__
     if nn.utils.parametrize.is_parametrized(layer):
         return "it is parametrized"
     if not _is_plain(layer):
-        return "its weight is computed from other parameters"
+        return _computed(layer)
     if _name(layer) not in _FOLDABLE_TYPES:
         return f"{name} may transform its weight"
     if calls > 1:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normsearch.errors import ModelError
 from normsearch.pairing import Pair
 from normsearch.progress import Stage
 
@@ -75,7 +76,7 @@ def distill(
                 # The forward pass runs without gradients, or reaches none of the parameters.
                 done -= 1
                 break
-            descent.step(torch.autograd.grad(loss, parameters, allow_unused=True))
+            descent.step(_gradients(loss, parameters))
         if done % LOOK_EVERY and done != steps:
             stage.advance()
             continue
@@ -95,21 +96,36 @@ def distill(
     return done
 
 
+def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ModelError(
+            "the converted model uses gradient checkpointing with use_reentrant=True, through which no "
+            "gradients of chosen parameters can be computed; switch checkpointing off, or give "
+            "use_reentrant=False"
+        ) from error
+
+
 def _endless(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
     while True:
         yield from batches()
 
 
 def _loss(pair: Pair, inputs: Any, variances: _Variances, *, weight: float) -> Tensor:
-    sites: list[Tensor] = []
+    seen: list[tuple[str, Tensor, Tensor]] = []
 
     def visit(path: str, x: Tensor, output: Tensor, target: Tensor) -> None:
-        sites.append(variances.relative(path, output, target))
+        # Compared afterwards: what gradient checkpointing computes again must save the same tensors.
+        seen.append((path, output, target))
 
     outputs = [
         variances.relative(index, new, old)
         for index, (old, new) in enumerate(zip(*pair.run(inputs, visit), strict=True))
     ]
+    sites = [variances.relative(*one) for one in seen]
     parts = [torch.stack(outputs).mean()] if outputs else []
     if sites and (weight > 0 or not outputs):
         parts.append((weight if outputs else 1) * torch.stack(sites).mean())

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -185,6 +186,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def refuse_meta(model: nn.Module, purpose: str) -> None:
+    """Raise a ``ModelError`` for a model on the meta device, which has no numbers for the purpose."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise ModelError(f"{name} is on the meta device: it has no numbers to {purpose}; load them first")
+
+
 def try_call(model: nn.Module, inputs: Any) -> Any:
     """Run ``call`` and turn a failure of the user's model into a ``ModelError`` that names it.
 
@@ -197,6 +205,14 @@ def try_call(model: nn.Module, inputs: Any) -> Any:
     except ModelError:
         raise
     except Exception as error:
+        if isinstance(inputs, list):
+            said = str(error).partition("\n")[0].rstrip(":")
+            raise ModelError(
+                f"{type(model).__name__} failed on a list of {len(inputs)} as its one argument with "
+                f"{type(error).__name__}: {said}. A batch is a tensor, a tuple for positional or a dict for "
+                "keyword arguments; a DataLoader over a TensorDataset yields lists: give "
+                "[batch[0] for batch in loader]"
+            ) from error
         raise ModelError(
             f"{type(model).__name__} failed on the given inputs with {type(error).__name__}: {error}. "
             "A tuple is passed as *args, a dict as **kwargs, both as normsearch.Arguments(args, kwargs), "

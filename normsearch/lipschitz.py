@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normsearch.errors import ModelError
-from normsearch.forward import evaluating, preserved, try_call
+from normsearch.forward import evaluating, preserved, refuse_meta, try_call
 from normsearch.reparametrization import rows
 from normsearch.reports import Environment
 from normsearch.tracing import WEIGHTED
@@ -118,6 +118,7 @@ def operator_norms(model: nn.Module, inputs: Any, *, iterations: int = 100) -> O
     }
     if not layers:
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer to measure")
+    refuse_meta(model, "measure")
     shapes = _input_shapes(model, layers, inputs)
     with evaluating(model):
         measured = tuple(

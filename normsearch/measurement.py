@@ -13,7 +13,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from normsearch.dependence import Crop, batch_dependence, batch_size, crop_dependence
 from normsearch.errors import ModelError, PlanError
-from normsearch.forward import evaluating, try_call, uncompiled
+from normsearch.forward import evaluating, refuse_meta, try_call, uncompiled
 from normsearch.memory import peak_memory
 from normsearch.opening import Model, as_module
 from normsearch.reports import Change, Drift, Environment, Profile, Report
@@ -69,6 +69,8 @@ def compare(
     """
     original, converted = uncompiled(as_module(original)), uncompiled(as_module(converted))
     _check_models(original, converted)
+    for model in (original, converted):
+        refuse_meta(model, "compare")
     pick = outputs or (lambda output: output)
     sums = DriftSums(logits)
     first, count = None, 0

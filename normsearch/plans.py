@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+
 from normsearch.compatibility import model_notes, refused_operators, refused_wrappers
 from normsearch.errors import PlanError, RefusedError
 from normsearch.forward import is_lazy, materialised
@@ -185,8 +187,19 @@ def explain(
     sites = analyse(model, inputs, dataflow=dataflow, weights=weights)
     if not sites:
         refused_operators(model)
+        _refuse_converted(model)
     rows = decided(sites, to, where, type(model).__name__)
     return Explanation(rows, model_notes(model, [row.site for row in rows if row.method != _BATCH]))
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    """Raise a ``PlanError`` for a model without BatchNorm that has layers of normsearch."""
+    own = [type(m).__name__ for m in model.modules() if type(m).__module__.startswith("normsearch.methods.")]
+    if own:
+        raise PlanError(
+            f"{type(model).__name__} has no BatchNorm layer but {len(own)} of normsearch "
+            f"({', '.join(sorted(set(own)))}): it is converted already; start from the original model"
+        )
 
 
 def decided(sites: Sequence[NormSite], to: To, where: Where | None, owner: str) -> tuple[Row, ...]:
@@ -204,6 +217,10 @@ def decided(sites: Sequence[NormSite], to: To, where: Where | None, owner: str) 
 
     """
     patterns = _patterns(to)
+    if where is not None and not callable(where):
+        raise PlanError(
+            f"where={where!r}: give a function of a NormSite, such as lambda site: site.channels > 32"
+        )
     if not sites:
         raise PlanError(
             f"{owner} has no BatchNorm layer: there is nothing to convert; "
@@ -269,6 +286,11 @@ def _patterns(to: To) -> dict[str, tuple[Method, ...]]:
     if isinstance(to, Mapping):
         if not to:
             raise PlanError("the mapping of patterns to methods is empty; give at least {'*': method}")
+        for pattern in to:
+            if not isinstance(pattern, str):
+                raise PlanError(
+                    f"a mapping goes from patterns of site paths, which are text, got {pattern!r}"
+                )
         return {pattern: _methods(choice) for pattern, choice in to.items()}
     return {"*": _methods(to)}
 
@@ -349,6 +371,18 @@ def _site_refusal(site: NormSite, method: Method) -> Refusal | None:
             site,
             "the layer has no BatchNorm, only a weight",
             "choose weight or spectral, or leave it out with where=lambda site: site.kind != 'weight'",
+        )
+    # timm's norm + act layers become a Sequential, which has the numbers one level below.
+    left = () if site.activation is not None else method.leaves(site)
+    missing = [name for name in site.read if name not in left]
+    if missing:
+        return method.refuse(
+            site,
+            f"a forward method of the model reads its {' and '.join(missing)}, which the new layer does not "
+            "have",
+            "choose frozen or batch_renorm, or leave it out with where=lambda site: not site.read"
+            if site.activation is None
+            else "leave it out with where=lambda site: not site.read",
         )
     if site.tied and not method.carries_parameters:
         return method.refuse(

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from normsearch.errors import ModelError
-from normsearch.forward import copied, evaluating, try_call
+from normsearch.forward import copied, evaluating, refuse_meta, try_call
 from normsearch.methods.batch_renorm import BatchRenorm
 from normsearch.methods.running import RunningNorm
 from normsearch.progress import OnProgress, Stage
@@ -73,6 +73,7 @@ def recalibrate(
         raise ModelError(
             f"{type(model).__name__} has no layer with running statistics; there is nothing to estimate"
         )
+    refuse_meta(model, "run it with")
     target = model if in_place else copied(model)
     pools = {layer: _Pool(path) for path, layer in _layers(target).items()}
     stage = Stage("estimating running statistics", length_hint(batches), on_progress)
@@ -222,8 +223,9 @@ def _run(model: nn.Module, inputs: Any) -> None:
         try_call(model, inputs)
     except ModelError as error:
         cause = error.__cause__
+        if "more than 1 value per channel" not in str(cause):
+            raise
         raise ModelError(
             f"{type(model).__name__} failed with {type(cause).__name__}: {cause}. Layers with running "
-            "statistics were in train mode, which needs more than one value per channel: give larger "
-            "batches; a tuple is passed as *args, a dict as **kwargs, anything else as one argument"
+            "statistics were in train mode, which needs more than one value per channel: give larger batches"
         ) from cause

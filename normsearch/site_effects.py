@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normsearch.compatibility import refused_operators
 from normsearch.errors import ModelError, PlanError, ShapeError
-from normsearch.forward import evaluating, is_lazy, materialised, preserved, unwrapped
+from normsearch.forward import evaluating, is_lazy, materialised, preserved, refuse_meta, unwrapped
 from normsearch.measurement import DriftSums, Outputs, floating_tensors
 from normsearch.methods import Method, Refusal, parse_method
 from normsearch.opening import Model, as_module
@@ -79,6 +79,8 @@ def sensitivity(
     """
     tried = parsed_methods(methods)
     model = as_module(model)
+    if isinstance(model, nn.Module):
+        refuse_meta(model, "measure")
     count = length_hint(batches)
     iterator = iter(batches)
     first = next(iterator, None)

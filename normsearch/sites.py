@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from normsearch.functional import FunctionalCall, find_functional_calls, names_b
 from normsearch.lifting import FunctionalBatchNorm, lifted
 from normsearch.observation import Observation, observe
 from normsearch.opening import Left, Model, as_module, opening_of
+from normsearch.readings import readings
 from normsearch.reparametrization import out_channels
 from normsearch.tracing import WEIGHTED, Traces
 
@@ -38,7 +39,8 @@ _FORWARDS: dict[str, Kind] = {
     "timm.layers.norm_act.FrozenBatchNormAct2d.forward": "frozen",
 }
 _FUSED = {"drop", "act"}
-_STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+#: The names of a BatchNorm layer's parameters and buffers.
+STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _RANKS: dict[type[_BatchNorm], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
     nn.BatchNorm2d: (4,),
@@ -66,7 +68,8 @@ class NormSite:
         affine: whether it has a weight or a bias.
         bias: whether it has a bias.
         track_running_stats: whether it has running statistics.
-        trained: whether its statistics were ever updated; None where they cannot be read (meta device).
+        trained: whether its statistics, or its γ and β, are anything but initial values; None where they
+            cannot be read (meta device).
         ranks: the numbers of input dimensions the layer accepts.
         input_shapes: the distinct input shapes seen in a forward pass, in order.
         calls: how often one forward pass calls it; None when no inputs were given.
@@ -77,6 +80,7 @@ class NormSite:
         tied: full names of parameters elsewhere that are the same object as its weight or bias.
         detail: why a reported site, or one with broken statistics, cannot be converted.
         open_batch: whether it normalizes by the batch in an exported program that takes any batch size.
+        read: which of its weight, bias, running_mean and running_var a forward method reads from outside.
 
     Example:
         >>> import torch, normsearch
@@ -106,6 +110,7 @@ class NormSite:
     tied: tuple[str, ...] = ()
     detail: str | None = None
     open_batch: bool = False
+    read: tuple[str, ...] = ()
 
     @property
     def fewest_elements(self) -> int | None:
@@ -163,6 +168,7 @@ def analyse(
         observation = observe(unwrapped(subject)[0], inputs, watched)
         if observation.functional and not functional:
             return analyse(original, inputs, dataflow=dataflow, weights=weights, functional=True)
+    sites = _with_readings(model, sites, modules)
     if observation.ran:
         sites = [_with_observation(site, observation) for site in sites]
     if opening is not None:
@@ -270,7 +276,7 @@ def _kind(module: nn.Module) -> Kind | None:
 
 def _own_state(module: nn.Module) -> set[str]:
     children = set(module._modules) - (_FUSED if _is_fused(module) else set())
-    return (set(module._parameters) | set(module._buffers)) - _STATE | children
+    return (set(module._parameters) | set(module._buffers)) - set(STATE) | children
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -308,7 +314,7 @@ def _site(module: nn.Module, path: str, aliases: tuple[str, ...], tied: tuple[st
         if kind == "lazy"
         else None
         if unknown
-        else is_trained(mean, variance, getattr(module, "num_batches_tracked", None)),
+        else is_trained({name: getattr(module, name, None) for name in STATE}),
         ranks=_ranks(module),
         aliases=aliases,
         tied=tied,
@@ -318,18 +324,27 @@ def _site(module: nn.Module, path: str, aliases: tuple[str, ...], tied: tuple[st
     )
 
 
-def is_trained(mean: Tensor | None, variance: Tensor | None, batches: Tensor | None) -> bool | None:
-    """Tell whether running statistics were ever updated; None on the meta device.
+def is_trained(state: Mapping[str, Tensor | None]) -> bool | None:
+    """Tell whether a layer with running statistics was ever trained; None on the meta device.
 
-    A counter at 0 is no proof: some trained networks have momentum 0 or were written without one.
+    A counter at 0 is no proof: some trained networks have momentum 0 or were written without one. Nor are
+    statistics at 0 and 1, beside a γ and β that were learned; a γ that starts at 0 everywhere was not.
+
+    Args:
+        state: its parameters and buffers by BatchNorm's names; what it lacks is None or left out.
+
     """
+    weight, bias, mean, variance, batches = (state.get(name) for name in STATE)
     if mean is None or variance is None:
         return False
-    if mean.is_meta:
+    present = [tensor for tensor in (weight, bias, mean, variance) if tensor is not None]
+    if any(tensor.is_meta for tensor in present):
         return None
     if batches is not None and int(batches) > 0:
         return True
-    return bool((mean != 0).any() or (variance != 1).any())
+    if (mean != 0).any() or (variance != 1).any() or (bias is not None and (bias != 0).any()):
+        return True
+    return weight is not None and not bool((weight == 1).all() or (weight == 0).all())
 
 
 def broken_statistics(mean: Tensor | None, variance: Tensor | None, eps: float) -> str | None:
@@ -370,6 +385,16 @@ def _ranks(module: nn.Module) -> tuple[int, ...]:
 def _with_observation(site: NormSite, observation: Observation) -> NormSite:
     shapes = tuple(dict.fromkeys(observation.shapes.get(site.path, ())))
     return replace(site, input_shapes=shapes, calls=len(observation.shapes.get(site.path, ())))
+
+
+def _with_readings(
+    model: nn.Module, sites: list[NormSite], modules: Mapping[str, nn.Module]
+) -> list[NormSite]:
+    read = defaultdict(set)
+    for reading in readings(model, {id(module): module for module in modules.values()}):
+        if reading.in_forward:
+            read[reading.layer].add(reading.number)
+    return [replace(site, read=tuple(sorted(read[id(modules[site.path])]))) for site in sites]
 
 
 def _left_site(left: Left) -> NormSite:

@@ -12,10 +12,8 @@ from normsearch.dataflow import Producer
 from normsearch.errors import StateError
 from normsearch.methods import Method, TrainedNorm
 from normsearch.plans import Plan
-from normsearch.sites import NormSite
+from normsearch.sites import STATE, NormSite
 from normsearch.surgery import in_order
-
-_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -53,7 +51,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], plan: Plan) -> dict[str
                 "dict into the original model, then convert that"
             )
         prefixes = _prefixes(site.path, site.aliases)
-        present = [prefix for prefix in prefixes if any(f"{prefix}{name}" in state_dict for name in _STATE)]
+        present = [prefix for prefix in prefixes if any(f"{prefix}{name}" in state_dict for name in STATE)]
         if not present and (site.affine or site.track_running_stats):
             raise StateError(
                 f"the state dict has no entry for {site.path}; give one saved from the model that the plan "
@@ -61,7 +59,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], plan: Plan) -> dict[str
             )
         # A layer under several names is one layer: it is built, and folded into its producer, once.
         places = present or prefixes[:1]
-        _same_layer(state_dict, places, _STATE)
+        _same_layer(state_dict, places, STATE)
         _convert_layer(result, site, method, _trained(state_dict, places[0], site), places, rewritten)
     return result
 
@@ -108,7 +106,7 @@ def _convert_layer(
         producer = _layer(result, site, site.producer)
     built = method.build(site, old, producer)
     for prefix in prefixes:
-        for name in _STATE:
+        for name in STATE:
             result.pop(f"{prefix}{name}", None)
         inner = f"{prefix}norm." if site.activation is not None else prefix
         _write(result, inner, built.module)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from normsearch.errors import TrainingError
-from normsearch.forward import call, copied, restored_modes
+from normsearch.forward import call, copied, refuse_meta, restored_modes
 from normsearch.methods.running import RunningNorm
 from normsearch.progress import OnProgress, Stage
 from normsearch.training_state import Batches, TrainingState
@@ -143,10 +143,12 @@ def finetune(
         steps: how many batches are learned from, those before an interruption included.
         lr: learning rate; ten times that for the gates.
         weight_decay: AdamW's, of the weights alone.
-        warmup: steps over which the rates rise linearly; by default a tenth of ``steps``.
+        warmup: steps over which the rates rise linearly; by default a tenth of ``steps``, or what
+            the checkpoint was begun with.
         clip: the largest joint norm of the gradients; ``math.inf`` leaves them as they are.
         checkpoint: a file that is written now and then and read if it exists. It is read with
-            ``weights_only``, replaced as a whole, and refused where it belongs to another run.
+            ``weights_only``, replaced as a whole, and refused where it belongs to another run, with other
+            numbers or from other weights.
         checkpoint_every: steps between two writings; the last step is written too.
         in_place: train the model itself.
         on_progress: called after every step with the loss in ``detail``.
@@ -156,9 +158,9 @@ def finetune(
 
     Raises:
         TrainingError: a number is out of range, the loader gives no pairs, nothing can be trained, or loss or
-            gradients are not finite.
+            gradients are not finite, or gradients are switched off.
         CheckpointError: the checkpoint cannot be read or written, or belongs to another run.
-        ModelError: the model cannot be copied.
+        ModelError: the model cannot be copied, or is on the meta device.
 
     Source: Loshchilov and Hutter, 2019, arXiv:1711.05101; Goyal et al., 2017, arXiv:1706.02677 (warm-up).
 
@@ -177,11 +179,16 @@ def finetune(
     """
     _check_number("steps", steps, steps >= 1, "at least 1")
     _check_number("checkpoint_every", checkpoint_every, checkpoint_every >= 1, "at least 1")
-    if warmup is None:
-        warmup = steps // 10
-    _check_number("warmup", warmup, warmup >= 0, "at least 0")
+    if warmup is not None:
+        _check_number("warmup", warmup, warmup >= 0, "at least 0")
     if not clip > 0:
         raise TrainingError(f"clip={clip}: give a number above 0, or math.inf to leave gradients as they are")
+    if not torch.is_grad_enabled():
+        raise TrainingError(
+            "gradients are switched off here, by torch.no_grad() or torch.inference_mode(); call finetune "
+            "outside of it"
+        )
+    refuse_meta(model, "train")
     trained = model if in_place else copied(model)
     groups = parameter_groups(trained, lr=lr, weight_decay=weight_decay)
     rates = [group["lr"] for group in groups]
@@ -190,11 +197,11 @@ def finetune(
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     optimizer = torch.optim.AdamW(groups, fused=fused)
     batches = Batches(loader)
+    state = None if checkpoint is None else TrainingState(Path(checkpoint), trained, optimizer, batches)
+    if warmup is None:
+        warmup = steps // 10 if state is None else state.number("warmup", steps // 10)
     recipe = _Recipe(float(lr), float(weight_decay), warmup, float(clip))
-    state = None
-    if checkpoint is not None:
-        state = TrainingState(Path(checkpoint), trained, optimizer, batches, vars(recipe))
-    done = 0 if state is None else state.resume(steps)
+    done = 0 if state is None else state.resume(steps, vars(recipe))
     stage = Stage("fine-tuning", steps, on_progress, done=done)
     with restored_modes(trained):
         trained.train()

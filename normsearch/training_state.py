@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normsearch.errors import CheckpointError, TrainingError
 from normsearch.files import write_atomically
@@ -100,22 +100,56 @@ def generators_of(loader: Any) -> list[torch.Generator]:
     return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 
+Sums = dict[str, tuple[float, float]]
+#: How far a start's sums may be off, as a share of a tensor's norm: what is made again elsewhere is rounded
+#: otherwise, and weights drawn or trained otherwise differ by much more.
+_SAME = 1e-3
+
+
+def _sums(state: Mapping[str, Any]) -> Sums:
+    """Return the sum and the L2 norm of each tensor, by which a state dict is known again."""
+    found = {}
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor):
+            wide = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().double()
+            found[name] = (float(wide.sum()), float(wide.square().sum().sqrt()))
+    return found
+
+
+def _same_sums(a: Sums, b: Sums) -> bool:
+    return a.keys() == b.keys() and all(
+        abs(one - other) <= _SAME * max(a[name][1], b[name][1])
+        for name in a
+        for one, other in zip(a[name], b[name], strict=True)
+    )
+
+
 class TrainingState:
-    """A run's checkpoint file."""
+    """A run's checkpoint file, which is read at once if it exists.
+
+    Raises:
+        CheckpointError: the file is something else, or its folder does not exist.
+
+    """
 
     def __init__(
-        self,
-        path: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batches: Batches,
-        recipe: Mapping[str, float],
+        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches
     ) -> None:
         self._path, self._model, self._optimizer, self._batches = path, model, optimizer, batches
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         trained = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         # What must be the same for a run to go on as if it had not stopped.
-        self._identity: dict[str, Any] = {"recipe": dict(recipe), "trained": trained}
+        self._identity: dict[str, Any] = {"trained": trained, "start": _sums(model.state_dict())}
+        self._document: dict[str, Any] | None = None
+        if path.exists():
+            self._document = self._read()
+        elif not path.parent.is_dir():
+            # Found out now and not after the first hundred steps.
+            raise CheckpointError(f"{path}: the folder does not exist; make it first")
+
+    def number(self, name: str, default: int) -> int:
+        """Return a number of the recipe that the file was written with; ``default`` if there is no file."""
+        return default if self._document is None else int(self._document["recipe"].get(name, default))
 
     def write(self, step: int) -> None:
         """Replace the file by one of this moment.
@@ -134,19 +168,21 @@ class TrainingState:
         }
         write_atomically(self._path, lambda target: torch.save(document, target), force=True)
 
-    def resume(self, steps: int) -> int:
+    def resume(self, steps: int, recipe: Mapping[str, float]) -> int:
         """Restore a run from the file and return how many steps it has done; 0 if there is no file.
 
+        Args:
+            steps: how many the run is to have in the end.
+            recipe: the numbers that must be those of the file, and are written to it.
+
         Raises:
-            CheckpointError: the file is something else, or of another run.
+            CheckpointError: the file is of another run.
 
         """
-        if not self._path.exists():
-            # Found out now and not after the first hundred steps.
-            if not self._path.parent.is_dir():
-                raise CheckpointError(f"{self._path}: the folder does not exist; make it first")
+        self._identity["recipe"] = dict(recipe)
+        document, self._document = self._document, None
+        if document is None:
             return 0
-        document = self._read()
         self._check(document, steps)
         try:
             self._model.load_state_dict(document["model"])
@@ -156,6 +192,8 @@ class TrainingState:
             raise CheckpointError(
                 f"{self._path} does not fit this model or loader ({error}); remove the file to start anew"
             ) from error
+        if "start" in document:
+            self._identity["start"] = document["start"]
         return int(document["step"])
 
     def _read(self) -> dict[str, Any]:
@@ -180,6 +218,18 @@ class TrainingState:
             raise CheckpointError(
                 f"{self._path} was written for other trainable parameters; give the same model, or remove "
                 "the file to start anew"
+            )
+        own = self._identity["start"]
+        # Files from before it was kept have no start. A model with what the run has reached goes on too.
+        known = [document["start"], _sums(document["model"])] if "start" in document else []
+        shapes = [
+            {name: getattr(value, "shape", None) for name, value in state.items()}
+            for state in (self._model.state_dict(), document["model"])
+        ]
+        if known and shapes[0] == shapes[1] and not any(_same_sums(own, one) for one in known):
+            raise CheckpointError(
+                f"{self._path} was written by a run that started from other weights; give the model that it "
+                "started from, or remove the file to start anew"
             )
         if document["step"] > steps:
             raise CheckpointError(

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from normsearch import (
     RefusedError,
     convert,
-    explain,
     find_sites,
-    plan,
 )
 
 torch.set_num_threads(1)
@@ -140,50 +138,6 @@ def test_weight_standardization_is_not_a_site(inputs: Tensor | None) -> None:
 def test_a_fused_layers_own_call_is_not_reported_twice() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8))
     assert [(site.path, site.activation) for site in find_sites(model, images())] == [("1", "ReLU")]
-
-
-class Reparameterizable(nn.Module):
-    """Folds its BatchNorm when asked, as RepVGG does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 1, bias=False)
-        self.bn = nn.BatchNorm2d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
-
-    def reparameterize(self) -> Tensor:
-        return self.conv.weight * (self.bn.weight / (self.bn.running_var + self.bn.eps).sqrt())
-
-
-def test_a_method_that_reads_running_statistics_gets_a_note() -> None:
-    model = nn.Sequential(Reparameterizable(), Reparameterizable())
-    (note,) = plan(model, "group").notes
-    assert note.startswith("Reparameterizable.reparameterize reads running statistics")
-    assert explain(model, "group").notes == (note,)
-    assert plan(model, "batch").notes == ()
-
-
-class Attentive(nn.Module):
-    """Uses a layer's γ outside the layer, and prepares it in a method that has run already."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        nn.init.ones_(self.bn.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x)) * self.bn.weight.abs().reshape(1, -1, 1, 1)
-
-
-def test_a_forward_that_reads_a_sites_scale_gets_a_note() -> None:
-    model = nn.Sequential(Attentive(), nn.ReLU())
-    (note,) = plan(model, "group").notes
-    assert note.startswith("Attentive.forward reads bn.weight, which holds other numbers")
 
 
 # --- torch.fx -------------------------------------------------------------------------------------

@@ -176,6 +176,20 @@ def test_exact_methods_keep_the_eval_function(spelling: str, shape: tuple[int, .
     assert (drift <= 1e-10) == method.exact
 
 
+@pytest.mark.parametrize("spelling", OF_SITES)
+def test_new_layers_have_the_numbers_that_a_method_says_they_have(spelling: str) -> None:
+    method, old = parse_method(spelling), trained((2, 8, 4, 4))
+    new, (site,) = built(spelling, old), find_sites(old)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert (getattr(new, name, None) is not None) == (name in method.leaves(site))
+    for carried, names in (
+        (method.carries_parameters, ("weight", "bias")),
+        (method.carries_statistics, ("running_mean", "running_var")),
+    ):
+        for name in names if carried else ():
+            assert torch.equal(getattr(new, name), getattr(old, name))
+
+
 @pytest.mark.parametrize("spelling", [s for s in OF_SITES if s not in ("batch", "frozen")])
 def test_untrained_layer_gets_the_methods_own_initialisation(spelling: str) -> None:
     new = built(spelling, nn.BatchNorm2d(8))

@@ -16,7 +16,7 @@ from test_methods import _train_towards_instance_norm, built, scrambled, state_o
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import normsearch
 from normsearch import (
@@ -537,13 +537,22 @@ def test_number_of_groups_that_does_not_divide_is_noted() -> None:
     assert plan(nn.Sequential(nn.BatchNorm2d(16)), "group(groups=4)").rows[0].notes == ()
 
 
+COMPUTED = {
+    "parametrize.remove_parametrizations": parametrizations.weight_norm,
+    "remove_weight_norm": nn.utils.weight_norm,
+    "remove_spectral_norm": nn.utils.spectral_norm,
+    "prune.remove": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("removal", COMPUTED)
 @pytest.mark.parametrize("spelling", ["weight", "spectral", "identity", "group(weight_standardization=true)"])
-def test_parametrized_producer_is_named(spelling: str) -> None:
-    model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), trained((2, 4, 3, 3)))
-    with pytest.raises(
-        RefusedError, match="0, which feeds it, has no plain weight: it is parametrized; remove the param"
-    ):
+def test_producer_without_a_plain_weight_is_named_with_the_way_out(spelling: str, removal: str) -> None:
+    model = nn.Sequential(COMPUTED[removal](nn.Conv2d(3, 4, 3)), trained((2, 4, 3, 3)))
+    with pytest.raises(RefusedError, match="0, which feeds it, has no plain weight: it") as caught:
         plan(model.double(), spelling)
+    assert f"; call torch.nn.utils.{removal} on it first, or choose" in str(caught.value)
     # What needs no weight is not concerned.
     assert plan(model, "evonorm_s0").changes
 

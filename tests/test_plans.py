@@ -144,3 +144,18 @@ def test_every_refusal_is_collected() -> None:
     with pytest.raises(RefusedError) as caught:
         plan(model, "frozen")
     assert [refusal.site for refusal in caught.value.refusals] == ["0", "1", "2"]
+
+
+def test_a_converted_model_is_called_converted() -> None:
+    for method in ("frozen", "weight", "spectral"):
+        with pytest.raises(PlanError, match=r"2 of normsearch \(.*\): it is converted already; start from"):
+            plan(convert(pair(), method), "group")
+    with pytest.raises(PlanError, match="there is nothing to convert"):
+        plan(nn.Sequential(nn.Linear(2, 2)), "group")
+
+
+def test_arguments_of_other_types_are_named() -> None:
+    with pytest.raises(PlanError, match="patterns of site paths, which are text, got 1"):
+        plan(pair(), {1: "group"})  # type: ignore[dict-item]
+    with pytest.raises(PlanError, match="where='x': give a function of a NormSite"):
+        plan(pair(), "group", where="x")  # type: ignore[arg-type]

@@ -307,7 +307,7 @@ def stopping() -> Iterator[Tensor]:
         (
             lambda: [batches()[0], torch.zeros(2, 3, 3, 3, dtype=torch.float64)],
             ModelError,
-            "failed with RuntimeError",
+            "failed on the given inputs with RuntimeError",
         ),
         (list, ModelError, "got no batch"),
         (stopping, Stopped, None),

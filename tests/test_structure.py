@@ -15,7 +15,7 @@ import normsearch
 PACKAGE = Path(normsearch.__file__).parent
 #: Lower modules first; a module imports only from its own row's left or from rows above.
 LAYERS = (
-    ("errors", "progress", "reparametrization", "layer_sources", "text", "operators"),
+    ("errors", "progress", "reparametrization", "layer_sources", "text", "operators", "readings"),
     ("forward", "registries", "files", "tables", "batches"),
     ("tracing", "architectures"),
     ("passes", "observation", "memory", "aten_calls"),

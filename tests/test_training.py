@@ -32,9 +32,9 @@ from normsearch.methods.switchable import SwitchableNorm
 torch.set_num_threads(1)
 
 
-def net(*, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def net(*, dropout: float = 0.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
     """A small trained-looking network: convolution, BatchNorm, linear."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(2, 8, 3),
         nn.BatchNorm2d(8),
@@ -392,7 +392,7 @@ def test_a_checkpoint_is_read_without_running_anything(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-def some_run(path: Path, **changed: Any) -> nn.Module:
+def some_run(path: Path | None, **changed: Any) -> nn.Module:
     options: dict[str, Any] = {
         "loss": F.cross_entropy,
         "steps": 4,
@@ -402,6 +402,13 @@ def some_run(path: Path, **changed: Any) -> nn.Module:
     }
     model, loader = changed.pop("model", None), changed.pop("loader", None)
     return finetune(model or net(), loader or pairs(), **options | changed)
+
+
+def scaled(model: nn.Sequential) -> nn.Sequential:
+    """Return the network with one tensor a hundredth larger, as another conversion would leave it."""
+    with torch.no_grad():
+        model[1].weight.mul_(1.01)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -415,6 +422,8 @@ def some_run(path: Path, **changed: Any) -> nn.Module:
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(50, 3))}, "other trainable parameters"),
         ({"model": nn.Sequential(*net()[:5], nn.Linear(72, 4))}, "does not fit"),
         ({"loader": pairs(2), "steps": 5}, "now ends earlier"),
+        ({"model": net(seed=1)}, "started from other weights; give the model"),
+        ({"model": scaled(net()), "steps": 9}, "started from other weights; give the model"),
     ],
 )
 def test_another_runs_checkpoint_is_refused(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
@@ -424,6 +433,34 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path, changed: dict[str, A
     with pytest.raises(CheckpointError, match=words):
         some_run(path, **changed)
     assert path.read_bytes() == written
+
+
+def test_a_run_goes_on_from_its_start_from_what_it_reached_and_from_files_without_a_start(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.pt"
+    reached = some_run(path)
+    expected = some_run(None, steps=6)
+    # Rounded otherwise, as by another machine.
+    again = net()
+    with torch.no_grad():
+        again[0].weight.mul_(1 + 1e-6)
+    for model in (net(), reached, again):
+        written = path.read_bytes()
+        assert states_equal(some_run(path, model=model, steps=6), expected)
+        path.write_bytes(written)
+    document = torch.load(path, weights_only=True)
+    del document["start"]
+    torch.save(document, path)
+    assert states_equal(some_run(path, model=net(seed=1), steps=6), expected)
+
+
+def test_a_prolonged_run_keeps_the_warmup_that_it_began_with(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    some_run(path, steps=6, warmup=None)
+    assert states_equal(some_run(path, steps=60, warmup=None), some_run(None, steps=60, warmup=0))
+    with pytest.raises(CheckpointError, match="written with warmup=0, this run has warmup=6"):
+        some_run(path, steps=60, warmup=6)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
@@ -478,3 +515,9 @@ def test_what_cannot_be_trained_is_one_clear_error(changed: dict[str, Any], word
     with pytest.raises(TrainingError, match=words):
         finetune(model, pairs() if loader is None else loader, **options | changed)
     assert states_equal(model, before)
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_switched_off_are_named(without: Any) -> None:
+    with without(), pytest.raises(TrainingError, match="gradients are switched off here"):
+        finetune(net(), pairs(), loss=F.cross_entropy, steps=1, lr=0.1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normsearch.errors import MethodError, ShapeError, StateError
-from normsearch.sites import NormSite, broken_statistics, is_trained
+from normsearch.sites import STATE, NormSite, broken_statistics, is_trained
 
 Keep = Literal["function", "affine", "nothing"]
 
@@ -50,7 +50,7 @@ class TrainedNorm:
         running_mean: μ of shape (C,).
         running_var: σ² of shape (C,).
         num_batches_tracked: number of updates, a scalar.
-        trained: whether the statistics carry anything; False once they were dropped by ``reset``.
+        trained: whether the layer carries anything; False once its statistics were dropped by ``reset``.
         training: the layer's training flag.
         synchronized: whether batch statistics were taken over a process group.
         process_group: that group; None is the default group.
@@ -73,7 +73,7 @@ class TrainedNorm:
     @classmethod
     def of(cls, module: nn.Module, site: NormSite) -> Self:
         """Read a layer found by ``find_sites``."""
-        state = {name: getattr(module, name, None) for name in _STATE_NAMES}
+        state = {name: getattr(module, name, None) for name in STATE}
         return cls._from(state, site, module.training, getattr(module, "process_group", None))
 
     @classmethod
@@ -85,7 +85,7 @@ class TrainedNorm:
                 are not finite.
 
         """
-        state = {name: state_dict.get(f"{prefix}{name}") for name in _STATE_NAMES}
+        state = {name: state_dict.get(f"{prefix}{name}") for name in STATE}
         needed = ("running_mean", "running_var") if site.track_running_stats else ()
         for name in needed + (("weight",) if site.affine else ()) + (("bias",) if site.bias else ()):
             if state[name] is None:
@@ -110,7 +110,7 @@ class TrainedNorm:
     @classmethod
     def _from(cls, state: dict[str, Tensor | None], site: NormSite, training: bool, group: Any) -> Self:
         assert site.channels is not None
-        trained = is_trained(state["running_mean"], state["running_var"], state["num_batches_tracked"])
+        trained = is_trained(state)
         return cls(
             channels=site.channels,
             eps=site.eps,
@@ -126,7 +126,7 @@ class TrainedNorm:
     @classmethod
     def absent(cls, site: NormSite) -> Self:
         """Stand in for the BatchNorm that a site of kind ``weight`` does not have."""
-        state: dict[str, Tensor | None] = dict.fromkeys(_STATE_NAMES)
+        state: dict[str, Tensor | None] = dict.fromkeys(STATE)
         return cls._from(state, site, True, None)
 
     def reset(self, keep: Keep) -> Self:
@@ -214,9 +214,6 @@ class TrainedNorm:
             layer.register_parameter(name, nn.Parameter(value.to(**self.factory), requires_grad=trainable))
 
 
-_STATE_NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
 def _zero(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else torch.zeros_like(tensor)
 
@@ -243,6 +240,7 @@ class Method(ABC):
         title: its name in the literature.
         citation: where it comes from.
         carries_parameters: whether γ and β live on in the new layer, unchanged, so that they may be tied.
+        carries_statistics: whether the new layer has the running statistics, unchanged, by the same names.
         activates: whether it brings an activation, which may take the place of the one that follows.
         of_weights: whether it can stand at a convolution or linear layer without BatchNorm too.
 
@@ -252,6 +250,7 @@ class Method(ABC):
     title: ClassVar[str]
     citation: ClassVar[str]
     carries_parameters: ClassVar[bool] = False
+    carries_statistics: ClassVar[bool] = False
     activates: ClassVar[bool] = False
     of_weights: ClassVar[bool] = False
 
@@ -293,7 +292,14 @@ class Method(ABC):
 
     def exact_at(self, site: NormSite) -> bool:
         """Whether the eval-mode function is kept exactly at this site."""
-        return self.exact
+        same = (("weight", "bias") if self.carries_parameters else ()) + (
+            ("running_mean", "running_var") if self.carries_statistics else ()
+        )
+        return self.exact and set(site.read) <= set(same)
+
+    def leaves(self, site: NormSite) -> tuple[str, ...]:
+        """Return which of BatchNorm's weight, bias, running_mean and running_var the new layer has too."""
+        return ("weight", "bias", *(("running_mean", "running_var") if self.carries_statistics else ()))
 
     def absorbs(self, site: NormSite) -> bool:
         """Whether it takes the place of the activation that follows the site."""

@@ -26,6 +26,7 @@ class Batch(Method):
     citation = "Ioffe and Szegedy, 2015, arXiv:1502.03167"
     batch_independent = False
     carries_parameters = True
+    carries_statistics = True
 
     @property
     def exact(self) -> bool:

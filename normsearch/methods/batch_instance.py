@@ -166,6 +166,7 @@ class BatchInstance(Method):
     citation = "Nam and Kim, 2018, arXiv:1805.07925"
     batch_independent = False
     carries_parameters = True
+    carries_statistics = True
 
     @property
     def exact(self) -> bool:

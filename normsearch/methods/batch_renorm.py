@@ -151,6 +151,7 @@ class BatchRenormalization(Method):
     citation = "Ioffe, 2017, arXiv:1702.03275"
     batch_independent = False
     carries_parameters = True
+    carries_statistics = True
 
     r_max: float = 3.0
     d_max: float = 5.0

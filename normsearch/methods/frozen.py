@@ -91,6 +91,7 @@ class Frozen(Method):
     citation = "He et al., 2016, arXiv:1512.03385"
     batch_independent = True
     carries_parameters = True
+    carries_statistics = True
 
     trainable: bool = False
 

@@ -151,6 +151,7 @@ class Ghost(Method):
     citation = "Hoffer et al., 2017, arXiv:1705.08741"
     batch_independent = False
     carries_parameters = True
+    carries_statistics = True
 
     size: int = 32
 

@@ -124,6 +124,7 @@ class InstanceBatch(Method):
     citation = "Pan et al., 2018, arXiv:1807.09441"
     batch_independent = False
     carries_parameters = True
+    carries_statistics = True
 
     @property
     def exact(self) -> bool:

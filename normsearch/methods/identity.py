@@ -30,6 +30,10 @@ class Identity(Method):
         """The same function in fewer steps."""
         return True
 
+    def leaves(self, site: NormSite) -> tuple[str, ...]:
+        """Return nothing: the new layer has no numbers."""
+        return ()
+
     def refusal(self, site: NormSite) -> Refusal | None:
         """Refuse where the layer before cannot take the scale over."""
         refusal = upstream_refusal(self, site)

@@ -218,6 +218,7 @@ class SparseSwitchable(Method):
     title = "Sparse Switchable Normalization"
     citation = "Shao et al., 2019, arXiv:1903.03793"
     batch_independent = False
+    carries_statistics = True
 
     steps: int = 10_000
 
@@ -252,7 +253,7 @@ class SparseSwitchable(Method):
         layer.take_over(old)
         if old.trained:
             # On the simplex sparsemax is the identity: the logits are the weights themselves.
-            weights = torch.full((3,), (1 - _BATCH_SHARE) / 2, dtype=torch.float64)
+            weights = torch.full((3,), (1 - _BATCH_SHARE) / 2, dtype=torch.float64, device="cpu")
             weights[BATCH] = _BATCH_SHARE
             layer.mean_logits.copy_(weights)
             layer.var_logits.copy_(weights)

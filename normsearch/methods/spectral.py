@@ -202,6 +202,10 @@ class Spectral(Method):
         """The gain makes up for the division."""
         return self.gain == "learned"
 
+    def leaves(self, site: NormSite) -> tuple[str, ...]:
+        """Return what of BatchNorm's numbers is still at the site: none where it is ``nn.Identity``."""
+        return () if foldable(site) else super().leaves(site)
+
     def refusal(self, site: NormSite) -> Refusal | None:
         """Refuse without statistics or weight upstream, and gain=fixed where a scale must stay behind."""
         refusal = upstream_refusal(self, site)

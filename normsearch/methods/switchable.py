@@ -94,8 +94,8 @@ class Switchable(Method):
 
     Args:
         bn_logit: where the BatchNorm logits start in a trained network (the others at 0). 3 gives
-            BatchNorm 91 % and learns; 40 and more is exact where there are running statistics, but its
-            softmax no longer moves.
+            BatchNorm 91 % and learns; 40 and more is exact in trained layers with running statistics,
+            but its softmax no longer moves.
 
     """
 
@@ -103,6 +103,7 @@ class Switchable(Method):
     title = "Switchable Normalization"
     citation = "Luo et al., 2018, arXiv:1806.10779"
     batch_independent = False
+    carries_statistics = True
 
     bn_logit: float = 3.0
 
@@ -117,13 +118,15 @@ class Switchable(Method):
         return self.bn_logit >= _EXACT_LOGIT
 
     def exact_at(self, site: NormSite) -> bool:
-        """Only with running statistics: without, nothing tells a trained layer, and the parts start equal."""
-        return self.exact and site.track_running_stats
+        """Only in a trained layer with running statistics: in others the parts start equal."""
+        return super().exact_at(site) and site.track_running_stats and site.trained is not False
 
     def notes(self, site: NormSite) -> tuple[str, ...]:
         """Say where an affine is added, and where BatchNorm does not lead."""
         if not site.track_running_stats:
             return ("no running statistics: the three parts start equal, whatever bn_logit is",)
+        if self.exact and site.trained is False:
+            return ("untrained: the three parts start equal, whatever bn_logit is",)
         return affine_note(site)
 
     @torch.no_grad()
@@ -134,7 +137,8 @@ class Switchable(Method):
         )
         layer.take_over(old)
         if old.trained:
-            logits = torch.zeros(3, dtype=torch.float64)
+            # On the CPU, also inside of torch.device("meta"): a share is read from them.
+            logits = torch.zeros(3, dtype=torch.float64, device="cpu")
             logits[BATCH] = self.bn_logit + (_excess(old) if self.exact else 0.0)
             layer.mean_logits.copy_(logits)
             layer.var_logits.copy_(logits)

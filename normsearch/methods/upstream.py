@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normsearch.dataflow import REMOVAL
 from normsearch.methods.base import Method, Refusal, TrainedNorm
 from normsearch.methods.running import check_input, make_affine, reset_affine
 from normsearch.reparametrization import per_output, shallow_copy
@@ -124,10 +125,11 @@ def producer_refusal(method: Method, site: NormSite, instead: str) -> Refusal | 
             remedy += ", or give inputs=: a forward pass shows what feeds a site that tracing does not reach"
         return method.refuse(site, "no convolution or linear layer is known to feed it", remedy)
     if not site.producer.plain:
+        removal = REMOVAL.get(site.producer.detail or "")
+        first = "give it a plain weight" if removal is None else f"call {removal} on it"
         return method.refuse(
             site,
             f"{site.producer.path}, which feeds it, has no plain weight: {site.producer.detail}",
-            "remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations), "
-            f"or choose {instead}",
+            f"{first} first, or choose {instead}",
         )
     return None

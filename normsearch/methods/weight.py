@@ -27,6 +27,10 @@ from normsearch.reparametrization import Reparametrized, per_output, rows, small
 from normsearch.sites import NormSite
 
 
+def _untrained(site: NormSite) -> bool:
+    return site.trained is False and site.kind != "weight"
+
+
 def _norms(matrix: Tensor) -> Tensor:
     """Return the length of each row, never zero."""
     # vector_norm has no gradient at zero; the square root of a clamped sum has.
@@ -194,6 +198,16 @@ class Weight(Method):
         """The same weights, written differently."""
         return True
 
+    def exact_at(self, site: NormSite) -> bool:
+        """Unless the layer was never trained: then it may be drawn anew."""
+        return super().exact_at(site) and not _untrained(site)
+
+    def leaves(self, site: NormSite) -> tuple[str, ...]:
+        """Return what of BatchNorm's numbers is still at the site: none where it is ``nn.Identity``."""
+        if not foldable(site):
+            return ("weight", "bias", *(("running_mean",) if self.mean_only else ()))
+        return ("bias", "running_mean") if self.mean_only else ()
+
     @property
     def batch_independent(self) -> bool:
         """Unless the batch's mean is subtracted."""
@@ -205,8 +219,7 @@ class Weight(Method):
 
     def notes(self, site: NormSite) -> tuple[str, ...]:
         """Say where an affine stays, and what happens to an untrained layer."""
-        untrained = site.trained is False and site.kind != "weight"
-        drawn = ("untrained: v and g are drawn anew if convert is given inputs=",) if untrained else ()
+        drawn = ("untrained: v and g are drawn anew if convert is given inputs=",) if _untrained(site) else ()
         return (*upstream_notes(site), *drawn)
 
     @torch.no_grad()

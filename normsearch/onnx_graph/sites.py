@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normsearch.methods import TrainedNorm
 from normsearch.onnx_graph.graphs import DOMAINS, Shapes, constant, infer, opset, tensor_of
 from normsearch.onnx_graph.neighbours import find_activation, find_producer
-from normsearch.sites import NormSite, broken_statistics, is_trained
+from normsearch.sites import STATE, NormSite, broken_statistics, is_trained
 
 LAYER = "onnx.BatchNormalization"
 PARAMETERS = ("scale", "bias", "mean", "variance")
@@ -134,7 +134,7 @@ def _place(node: ir.Node, path: str, shapes: Shapes, function: str | None) -> Pl
         affine=True,
         bias=True,
         track_running_stats=True,
-        trained=None if parameters is None else is_trained(parameters[2], parameters[3], None),
+        trained=None if parameters is None else is_trained(dict(zip(STATE, parameters, strict=False))),
         ranks=_ANY_RANK if rank is None else (rank,),
         input_shapes=() if sizes is None or channels is None else tuple(_known(sizes, channels)),
         producer=None if function else find_producer(node, rank, channels),
