@@ -52,6 +52,7 @@ from normsearch.searching import (
     Task,
     accuracy,
 )
+from normsearch.searching.concluding import failures
 from normsearch.searching.space import METHODS
 
 _NAME = "search"
@@ -106,7 +107,10 @@ def confirm(asked: Confirming, folder: Path, report: Report) -> Confirmed:
     _, search = _search(asked.search, asked.study, folder, report)
     for candidate, seed in search.unconfirmed(confirm=asked.search.confirm, top=asked.search.top):
         if (candidate.number, seed) == (asked.pair.number, asked.pair.seed):
-            return Confirmed(score=search.confirm(candidate, seed))
+            try:
+                return Confirmed(score=search.confirm(candidate, seed))
+            except SearchError:
+                return Confirmed(score=None, error=failures(search.memory)[candidate.number].reason)
     raise SearchError(f"the plan of trial {asked.pair.number} is not to be run with seed {asked.pair.seed}")
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from normsearch.reporting import sections
+from normsearch.searching.concluding import failures
 from normsearch.searching.findings import Findings, state
 from normsearch.searching.leases import ERROR
 
@@ -40,6 +41,11 @@ def _warnings(found: Findings) -> list[str]:
             )
         if seeds == 1:
             said.append("The confirmation has a single seed: it says nothing of the noise.")
+    said += [
+        f"The plan of trial {number} failed when it was run again with seed {failure.seed} and was left out: "
+        f"{failure.reason}."
+        for number, failure in failures(found.memory).items()
+    ]
     finished = sum(states[s] for s in ("complete", "infeasible", "pruned", "failed"))
     if finished < found.wanted:
         said.append(f"The search is not finished: {finished} of {found.wanted} trials are done.")

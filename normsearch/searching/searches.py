@@ -50,7 +50,7 @@ def search(
     worth (``Task`` alone); trials convert, train and score one plan each, starting with the uniform plans, a
     few that the prior suggests and what trained gates say; the best few plans and the best uniform one are
     run again under fresh seeds on data that no trial saw, and a mix is returned only if it beats the uniform
-    plan beyond noise there.
+    plan beyond noise there. A plan that fails when it is run again is out, and the next best takes its place.
 
     Every trial starts from the same trained weights and the same seed. An exception or an interruption loses
     nothing where ``storage`` or ``name`` says where the study is kept: the same call goes on with it. More
@@ -87,8 +87,9 @@ def search(
         A ``SearchResult``.
 
     Raises:
-        SearchError: arguments contradict each other, the objective fails, no trial meets the constraints, or
-            a study of this name has other settings.
+        SearchError: arguments contradict each other, the objective fails in the first trials or with every
+            plan that is run again, no trial meets the constraints, or a study of this name has other
+            settings.
         PlanError: the model has no BatchNorm, or a pattern matches none.
         MethodError: a spelling is not valid.
 
@@ -130,5 +131,6 @@ def search(
         n_trials=n_trials,
         on_progress=on_progress,
     )
+    run.forget_failures()
     run.optimize(on_progress=on_progress)
     return run.result(confirm=confirm, top=top, on_progress=on_progress)

@@ -17,7 +17,7 @@ from normsearch.methods import Method
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Progress
 from normsearch.searching.checking import check_arguments, check_whole
-from normsearch.searching.concluding import Conclusion
+from normsearch.searching.concluding import Conclusion, forget_failures
 from normsearch.searching.confirming import Candidate
 from normsearch.searching.constraints import Constraint, checked
 from normsearch.searching.costs import check_cost
@@ -187,8 +187,10 @@ class Search:
     def unconfirmed(self, *, confirm: int = 5, top: int = 3) -> list[tuple[Candidate, int]]:
         """Return which plans are still to be run again before ``result``, each with its seed.
 
+        A plan that failed is left out, and the next best takes its place.
+
         Raises:
-            SearchError: no trial meets the constraints.
+            SearchError: no trial meets the constraints, or no plan is left that has not failed.
 
         """
         return self._conclusion.unconfirmed(confirm, top)
@@ -197,7 +199,7 @@ class Search:
         """Run a plan again under a seed, on data that no trial saw if the objective has some; keep the score.
 
         Raises:
-            SearchError: it fails.
+            SearchError: it fails, or has failed. That is kept: the plan is out until ``forget_failures``.
 
         """
         return self._conclusion.confirm(candidate, seed)
@@ -207,8 +209,10 @@ class Search:
     ) -> SearchResult:
         """Confirm the best plans and return the one to use, trained.
 
+        A plan that fails when it is run again is out, and the next best takes its place.
+
         Raises:
-            SearchError: no trial meets the constraints, or there is nothing to run.
+            SearchError: no trial meets the constraints, every plan fails, or there is nothing to run.
 
         """
         check_whole("confirm", confirm, 0)
@@ -216,6 +220,10 @@ class Search:
         if self._objective is None:
             raise SearchError("this search has no objective to confirm by; see study.best_trials instead")
         return self._conclusion.result(confirm, top, on_progress)
+
+    def forget_failures(self) -> None:
+        """Let plans that failed when they were run again have another go, as ``search`` does when called."""
+        forget_failures(self.memory)
 
     @property
     def _conclusion(self) -> Conclusion:

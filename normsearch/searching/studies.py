@@ -148,7 +148,7 @@ class Memory:
             SearchError: the study is no search of this library.
 
         """
-        return Settings(**vars(self._validated("settings", _SETTINGS)))
+        return Settings(**vars(self.read_as("settings", _SETTINGS)))
 
     def keep_space(self, space: SearchSpace) -> None:
         """Keep a space."""
@@ -169,7 +169,7 @@ class Memory:
             SearchError: it is missing, malformed, or of another model.
 
         """
-        document = self._validated("space", _SPACE)
+        document = self.read_as("space", _SPACE)
         sites = tuple(site for site, _, _ in read_plan(document.plan)[0])
         for spelling in document.methods:
             parse_method(spelling)
@@ -185,18 +185,24 @@ class Memory:
 
     def prior(self) -> Mapping[str, Mapping[str, float]] | None:
         """Return what sensing found; None where nothing was sensed."""
-        return self._validated("prior", _TABLE) if self.has("prior") else None
+        return self.read_as("prior", _TABLE) if self.has("prior") else None
 
     def costs(self) -> CostTable | None:
         """Return the table of costs; None where it was not measured."""
-        return self._validated("costs", _COSTS) if self.has("costs") else None
+        return self.read_as("costs", _COSTS) if self.has("costs") else None
 
     def sensitivity(self) -> Sensitivity | None:
         """Return the drift of single changes; None where there were no inputs to measure it on."""
         text = self.read("sensitivity")
         return None if text is None else Sensitivity.from_json(text)
 
-    def _validated(self, name: str, adapter: TypeAdapter[Any]) -> Any:
+    def read_as(self, name: str, adapter: TypeAdapter[Any]) -> Any:
+        """Return what was kept, validated.
+
+        Raises:
+            SearchError: it is missing or malformed.
+
+        """
         if not self.has(name):
             raise SearchError(
                 f"the study {self.study.study_name!r} has no {name}: it was not made by normsearch; "
