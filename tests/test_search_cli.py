@@ -69,6 +69,15 @@ def slow():
         return objective(model, trial)
     return network(), score
 
+class Noisy:
+    def __call__(self, model, trial):
+        return self.confirm(model, trial) + (trial.number == 6)
+    def confirm(self, model, trial):
+        return objective(model, trial)
+
+def noisy():
+    return network(), Noisy()
+
 def both():
     return network(), lambda model, trial: (objective(model, trial), 1.0)
 
@@ -179,6 +188,36 @@ def test_a_named_file_has_the_others_beside_it(folder: Path) -> None:
     after = load_file(folder / names[0])
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_status_tells_what_was_confirmed_until_further_trials_finish(folder: Path) -> None:
+    words = ["--task", "mytask:noisy", "--methods", "batch,group"]
+    found = json.loads(
+        cli("search", *words, "--trials", "8", "--confirm", "3", "--json", "-o", "found").stdout
+    )
+    returned = found["confirmation"][found["chosen"]]
+    told = json.loads(cli("status", *words[:2], "--json", "-o", "s.html").stdout)
+    assert told["confirmation"] == found["confirmation"]
+    assert told["leading"]["trial"] == returned["number"]
+    assert told["plan"] == found["plan"]
+    # The best score of the search was luck, and is not what the search returned.
+    best = max(study_of("mytask.noisy.journal", "mytask.noisy").trials, key=lambda t: t.values[0])
+    assert best.number != returned["number"]
+    said = cli("status", *words[:2]).stdout
+    assert (
+        f"confirmed: all {returned['uniform']}, score {sum(returned['scores']) / 3:.4g} over 3 seeds; "
+        in said
+    )
+    reports = [Document.from_json(Path(name).read_bytes()) for name in ("s.json", "found/report.json")]
+    assert reports[0].sections == reports[1].sections
+    single = cli(
+        "search", *words, "--trials", "8", "--confirm", "1", "--json", "--force", "-o", "found"
+    ).stdout
+    assert "Infinity" not in single
+    assert json.loads(single)["confirmation"][1]["error"] is None
+    study = study_of("mytask.noisy.journal", "mytask.noisy")
+    study.add_trial(study.trials[0])
+    assert "leading, not confirmed: " in cli("status", *words[:2]).stdout
 
 
 def test_the_same_command_goes_on(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -21,11 +21,13 @@ from normsearch.commands.tasks import load_task, place, said
 from normsearch.errors import CheckpointError, NormsearchError, SearchError
 from normsearch.files import write_text
 from normsearch.plans import Plan
+from normsearch.reporting.parts import finite
 
 # Optuna takes half a second to import: inside the commands, so that --help does not wait for it.
 if TYPE_CHECKING:
     from normsearch.reporting import Document
     from normsearch.searching import Constraint, SearchResult
+    from normsearch.searching.confirming import Confirmed
 
 
 class Direction(StrEnum):
@@ -223,7 +225,7 @@ def search(
                 "trials": len(found.study.get_trials(deepcopy=False)),
                 "plan": json.loads(found.best.to_json()),
                 "chosen": found.chosen,
-                "confirmation": [asdict(row) for row in found.confirmation],
+                "confirmation": _rows(found.confirmation),
                 "same_split": found.same_split,
             }
         )
@@ -319,6 +321,7 @@ def status(
                 "states": counts,
                 "leading": leading,
                 "plan": plan,
+                "confirmation": _rows(found.confirmed.values()),
             }
         )
         return
@@ -328,9 +331,13 @@ def status(
         values = ", ".join(
             f"{goal.name} {value:.4g}" for goal, value in zip(found.goals, best.values, strict=True)
         )
-        OUT.print(
-            f"leading, not confirmed: {found.name(best.number)}, {values}", highlight=False, markup=False
-        )
+        row, name = found.confirmed.get(best.number), found.name(best.number)
+        told = f"leading, not confirmed: {name}, {values}"
+        if row is not None:
+            seeds = f"{len(row.scores)} {'seed' if len(row.scores) == 1 else 'seeds'}"
+            score = f"{found.goals[0].name} {row.mean:.4g} over {seeds}"
+            told = f"confirmed: {name}, {score}; in the search {values}"
+        OUT.print(told, highlight=False, markup=False)
         OUT.print(_said(found.best_plan), highlight=False)
     if places:
         typer.echo(f"wrote {', '.join(map(str, places))}")
@@ -455,6 +462,11 @@ def _write(
     save(found.model, weights, plan=found.best, force=force)
     write_text(plan, found.best.to_json(), force=force)
     report.save(page, force=force)
+
+
+def _rows(confirmation: Iterable[Confirmed]) -> list[dict[str, Any]]:
+    """Return a confirmation as JSON holds it: the error of a single seed is not known."""
+    return [{**asdict(row), "error": finite(row.error)} for row in confirmation]
 
 
 def _said(best: Plan) -> str:

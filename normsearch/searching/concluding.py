@@ -91,7 +91,13 @@ def concluded(memory: Memory) -> Concluded | None:
     if not memory.has(_CONCLUSION):
         return None
     found: Concluded = memory.read_as(_CONCLUSION, _CONCLUDED)
-    return found if found.finished == _finished(memory.study) else None
+    if found.finished != _finished(memory.study):
+        return None
+    trials = memory.study.get_trials(deepcopy=False)
+    known = {None, *(trial.number for trial in trials if trial.state == TrialState.COMPLETE)}
+    if not {found.trial, found.reference, *(row.number for row in found.rows)} <= known:
+        raise SearchError(f"the study {memory.study.study_name!r} holds a malformed conclusion; make it anew")
+    return found
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 from normsearch.errors import SearchError
 from normsearch.plans import Plan
 from normsearch.reporting.search_sections import Goal
+from normsearch.searching.concluding import concluded
 from normsearch.searching.confirming import Confirmed, candidates, feasible
 from normsearch.searching.leases import ERROR
 from normsearch.searching.posterior import Effect, Posterior
@@ -77,7 +78,7 @@ class Findings:
                 found.same_split,
                 found.sensitivity,
             )
-        return cls._unconfirmed(found.study, found.space, found.resident.model, score)
+        return cls._remembered(found.study, found.space, found.resident.model, score)
 
     @classmethod
     def of_study(
@@ -105,11 +106,17 @@ class Findings:
         if not memory.has("ready"):
             raise SearchError(f"the study {name!r} has not begun its trials; look again later")
         inside = Resident(model).model
-        return cls._unconfirmed(study, memory.space(inside), inside, score)
+        return cls._remembered(study, memory.space(inside), inside, score)
 
     @classmethod
-    def _unconfirmed(cls, study: Study, space: SearchSpace, model: nn.Module, score: str) -> Findings:
+    def _remembered(cls, study: Study, space: SearchSpace, model: nn.Module, score: str) -> Findings:
+        """Return what a study knows: how the search ended, or which plan leads as long as it has not."""
         memory = Memory(study)
+        ended = concluded(memory)
+        if ended is not None:
+            rows = {row.number: row for row in ended.rows}
+            known = (ended.trial, ended.reference, rows, ended.same_split, memory.sensitivity())
+            return cls(study, space, model, score, *known)
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         best = reference = None
         if any(map(feasible, done)):
