@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from rich.console import Console
 from test_report_page import (
     ALLOWED,
     CHROMIUM,
@@ -183,7 +185,8 @@ def test_warnings_name_what_a_reader_should_know(found: Document) -> None:
     assert any("Pareto front" in text for text in texts)
     single = searched(n_trials=6, confirm=1, inputs=None)
     without = [note.text for note in part(search_report(single), sections.Notes).notes]
-    assert any("a single seed" in text for text in without)
+    said = "a single seed cannot tell a mix from noise, so the uniform plan is returned; confirm with 2 seeds"
+    assert any(said in text for text in without)
 
     def same(model: nn.Module, trial: Any) -> float:
         return float(len(set(trial.params.values())))
@@ -192,6 +195,18 @@ def test_warnings_name_what_a_reader_should_know(found: Document) -> None:
     told = [note.text for note in part(search_report(split), sections.Notes).notes]
     assert any("on the data that they were chosen by" in text for text in told)
     assert any("Every seed gave the same scores" in text for text in told)
+
+
+def test_a_single_seed_is_said_to_rule_every_mix_out() -> None:
+    told: list[normsearch.Progress] = []
+    result = searched(n_trials=12, confirm=1, inputs=None, on_progress=told.append)
+    assert told[0].detail.startswith("a single seed cannot tell a mix from noise")
+    page = result.report().to_html()
+    assert ": a single seed cannot tell mixes from noise, so the uniform plan is returned; confirm" in page
+    assert "beyond noise" not in page
+    console = Console(width=150, file=io.StringIO())
+    console.print(result)
+    assert "confirm with 2 seeds or more" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 def test_vetoes_are_shown() -> None:

@@ -157,7 +157,11 @@ def search(
         ),
     ] = True,
     confirm: Annotated[
-        int, typer.Option(min=0, help="Fresh seeds that the best plans are run again with.")
+        int,
+        typer.Option(
+            min=0,
+            help="Fresh seeds that the best plans are run again with; 1 cannot tell a mix from noise.",
+        ),
     ] = 5,
     top: Annotated[int, typer.Option(min=1, help="How many mixes are confirmed.")] = 3,
     output: Annotated[

@@ -9,6 +9,7 @@ from normsearch.reporting import sections
 from normsearch.searching.concluding import failures
 from normsearch.searching.findings import Findings, state
 from normsearch.searching.leases import ERROR
+from normsearch.searching.results import SINGLE_SEED
 
 
 def notes(found: Findings, given: Sequence[str]) -> sections.Notes | None:
@@ -40,7 +41,9 @@ def _warnings(found: Findings) -> list[str]:
                 "so that the errors say nothing of the noise."
             )
         if seeds == 1:
-            said.append("The confirmation has a single seed: it says nothing of the noise.")
+            ruled_out = any(row.gain is not None for row in found.confirmed.values())
+            what = SINGLE_SEED if ruled_out else "it says nothing of the noise"
+            said.append(f"The confirmation has a single seed: {what}.")
     said += [
         f"The plan of trial {number} failed when it was run again with seed {failure.seed} and was left out: "
         f"{failure.reason}."

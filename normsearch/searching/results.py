@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
     from normsearch.reporting import Document
 
+#: What a confirmation with one seed comes to.
+SINGLE_SEED = (
+    "a single seed cannot tell a mix from noise, so the uniform plan is returned; "
+    "confirm with 2 seeds or more"
+)
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -82,4 +88,6 @@ class SearchResult:
                 "" if row.gain is None else f"{row.gain:+.4f}",
                 "" if row.error is None else f"{row.error:.4f}",
             )
+        if any(row.gain is not None and len(row.scores) == 1 for row in self.confirmation):
+            table.caption = SINGLE_SEED
         return table

@@ -11,11 +11,11 @@ from optuna.storages import BaseStorage
 from torch import nn
 
 from normsearch.methods import Method
-from normsearch.progress import OnProgress
+from normsearch.progress import OnProgress, Progress
 from normsearch.searching.constraints import Constraint
 from normsearch.searching.objectives import Objective
 from normsearch.searching.preparing import VETO
-from normsearch.searching.results import SearchResult
+from normsearch.searching.results import SINGLE_SEED, SearchResult
 from normsearch.searching.space import METHODS
 from normsearch.searching.stepwise import Search
 from normsearch.searching.tasks import Task
@@ -78,8 +78,8 @@ def search(
         inputs: batches of inputs for sensitivity and costs; by default a ``Task``'s training inputs.
         veto: the largest drift of a single change that may be tried; None vetoes nothing.
         sense: whether to ask a supernet first; only a ``Task`` can be asked.
-        confirm: fresh seeds that the best plans are run with; 0 skips confirmation, and the best plan is then
-            taken at its word.
+        confirm: fresh seeds that the best plans are run with; 1 cannot tell a mix from noise, so that the
+            uniform plan is returned; 0 skips confirmation, and the best plan is then taken at its word.
         top: how many mixes are confirmed.
         on_progress: called after every step of every stage.
 
@@ -113,6 +113,8 @@ def search(
         Frozen(trainable=False)
 
     """
+    if confirm == 1 and on_progress is not None:
+        on_progress(Progress("searching", 0, n_trials, None, SINGLE_SEED))
     run = Search(
         model,
         objective,
