@@ -239,8 +239,11 @@ def test_a_search_that_failed_goes_on_when_the_objective_is_mended(tmp_path: Pat
     ],
 )
 def test_arguments_of_other_kinds(arguments: dict[str, Any], said: str) -> None:
+    objective = Planted()
     with pytest.raises(SearchError, match=said):
-        normsearch.search(network(), Planted(), **OPTIONS | arguments)
+        normsearch.search(network(), objective, **OPTIONS | arguments)
+    # Before anything is run.
+    assert not objective.calls
 
 
 def test_what_was_refused_does_not_bind_a_name(tmp_path: Path) -> None:

@@ -396,6 +396,14 @@ def test_options_that_make_no_sense(words: list[str], said: str) -> None:
     assert "secret" not in result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, where nobody can write")
+@pytest.mark.parametrize("output", ["/proc/found", "/proc/x.safetensors"])
+def test_what_cannot_be_written_is_said_before_the_task_is_loaded(output: str) -> None:
+    said = cli("search", "--task", "mytask:broken", "-o", output, code=1).stderr
+    assert "nothing can be written into /proc" in said
+    assert said.endswith("(No such file or directory); give another place\n")
+
+
 def test_usage_errors_have_their_own_exit_code() -> None:
     assert "not both" in cli("search", "--task", "mytask:task", "--veto", "1", "--no-veto", code=2).stderr
     assert "--task" in cli("search", code=2).stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -415,6 +416,18 @@ def _refuse(places: tuple[Path, ...], journal: Path | None, *, force: bool) -> N
         refuse_outputs(places, [journal], force=force)
     elif not folder.parent.is_dir():
         raise CheckpointError(f"{folder}: the folder {str(folder.parent)!r} does not exist; make it first")
+    try:
+        if folder.exists():
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        else:
+            folder.mkdir()
+            folder.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"-o {places[0]}: nothing can be written into {folder} ({error.strerror or error}); give another "
+            "place"
+        ) from error
 
 
 def _constraints(

@@ -12,6 +12,7 @@ from torch import nn
 
 from normsearch.methods import Method
 from normsearch.progress import OnProgress, Progress
+from normsearch.searching.checking import check_whole
 from normsearch.searching.constraints import Constraint
 from normsearch.searching.objectives import Objective
 from normsearch.searching.preparing import VETO
@@ -113,6 +114,8 @@ def search(
         Frozen(trainable=False)
 
     """
+    check_whole("confirm", confirm, 0)
+    check_whole("top", top, 1)
     if confirm == 1 and on_progress is not None:
         on_progress(Progress("searching", 0, n_trials, None, SINGLE_SEED))
     run = Search(
