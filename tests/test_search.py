@@ -23,7 +23,10 @@ from normsearch.searching import (
     MaxMemory,
     Search,
     join,
+    open_storage,
+    workers,
 )
+from normsearch.searching.findings import Findings
 
 
 def trials(study: optuna.Study) -> list[tuple[Any, ...]]:
@@ -184,6 +187,40 @@ def test_a_worker_waits_until_trials_begin_and_then_joins(tmp_path: Path) -> Non
         join(other, Planted(), **kept)
     with pytest.raises(SearchError, match="memory"):
         join(network(), Planted(), storage=optuna.storages.InMemoryStorage(), name="s")
+
+
+@pytest.mark.parametrize("holds", ["trials", "attributes"])
+def test_a_study_of_others_is_left_alone(tmp_path: Path, holds: str) -> None:
+    path = tmp_path / "study.journal"
+    study = optuna.create_study(study_name="s", storage=open_storage(path), direction="maximize")
+    if holds == "trials":
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    else:
+        study.set_user_attr("owner", "somebody")
+    before = path.read_bytes()
+    said = r"'s' is no search of normsearch: it has \d trials and no settings.*; give the search another name"
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(network(), Planted(), **OPTIONS, storage=path, name="s")
+    with pytest.raises(SearchError, match=said):
+        join(network(), Planted(), storage=path, name="s")
+    with pytest.raises(SearchError, match=said):
+        Findings.of_study(network(), storage=path, name="s")
+    assert path.read_bytes() == before
+
+
+def test_a_worker_does_not_wait_for_a_study_that_no_search_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "study.journal"
+    optuna.create_study(study_name="s", storage=open_storage(path))
+    monkeypatch.setattr(workers, "_GRACE", 0.1)
+    with pytest.raises(SearchError, match="'s' is empty: no search has begun there; start it first"):
+        join(network(), Planted(), storage=path, name="s")
+    # Empty, it may become one, of its own direction.
+    with pytest.raises(SearchError, match="'s' was made to minimize, now it is to maximize"):
+        normsearch.search(network(), Planted(), **OPTIONS, storage=path, name="s")
+    optuna.create_study(study_name="t", storage=open_storage(path), direction="maximize")
+    normsearch.search(network(), Planted(), **OPTIONS | {"n_trials": 4}, storage=path, name="t")
 
 
 def test_a_study_is_not_gone_on_with_for_another_network_or_task(tmp_path: Path) -> None:

@@ -232,12 +232,14 @@ def opened_study(name: str, storage: str | os.PathLike[str] | BaseStorage) -> St
     """Return a study that is there.
 
     Raises:
-        SearchError: there is none of this name, or the storage cannot be used.
+        SearchError: there is none of this name, it is others', or the storage cannot be used.
 
     """
     opened = open_storage(storage)
     try:
-        return optuna.load_study(study_name=name, storage=opened)
+        study = optuna.load_study(study_name=name, storage=opened)
+        check_own(study)
+        return study
     except KeyError:
         known = ", ".join(optuna.get_all_study_names(opened)) or "none"
         raise SearchError(f"the storage has no study {name!r}; it has {known}") from None
@@ -249,7 +251,7 @@ def made_study(
     """Return the study of a name, made if it is not there.
 
     Raises:
-        SearchError: the storage cannot be used.
+        SearchError: the storage cannot be used, or the study is others'.
 
     """
     if storage is None and name is not None:
@@ -258,13 +260,39 @@ def made_study(
                 f"name={name!r} names the journal too; give one that a file may have, or storage="
             )
         storage = f"{name}.journal"
-    minimized = ("minimize" for _ in settings.costs)
+    names = (*settings.directions, *("minimize" for _ in settings.costs))
+    directions = [StudyDirection[one.upper()] for one in names]
+    opened, wanted = open_storage(storage), name or _NAME
+    # To make one that is there would write into a journal.
+    if wanted in optuna.get_all_study_names(opened):
+        study = opened_study(wanted, opened)
+        if study.directions != directions and not Memory(study).has("ready"):
+            before = ", ".join(one.name.lower() for one in study.directions)
+            raise SearchError(
+                f"the study {wanted!r} was made to {before}, now it is to {', '.join(names)}; give the "
+                "search another name"
+            )
+        return study
     with _quiet():
         return optuna.create_study(
-            storage=open_storage(storage),
-            study_name=name or _NAME,
-            directions=[StudyDirection[d.upper()] for d in (*settings.directions, *minimized)],
-            load_if_exists=True,
+            storage=opened, study_name=wanted, directions=directions, load_if_exists=True
+        )
+
+
+def check_own(study: Study) -> None:
+    """Raise for a study that others have made, before anything is written into it.
+
+    Raises:
+        SearchError: it has trials or attributes, and no settings of a search.
+
+    """
+    if Memory(study).has("settings"):
+        return
+    trials = len(study.get_trials(deepcopy=False))
+    if trials or study.user_attrs:
+        raise SearchError(
+            f"the study {study.study_name!r} is no search of normsearch: it has {trials} trials and no "
+            "settings of a search; give the search another name"
         )
 
 
