@@ -32,7 +32,7 @@ from normsearch.methods import Refusal
 from normsearch.reporting import Document, search_charts, search_page, sections
 from normsearch.reporting import search_sections as made
 from normsearch.reports import Environment
-from normsearch.searching import MaxDrop, MaxLatency, Search, SearchResult, search_report
+from normsearch.searching import MaxDrop, MaxLatency, Recipe, Search, SearchResult, Task, search_report
 from normsearch.text import visible
 
 METHODS = ["batch", "group", "instance", "switchable"]
@@ -195,6 +195,39 @@ def test_warnings_name_what_a_reader_should_know(found: Document) -> None:
     told = [note.text for note in part(search_report(split), sections.Notes).notes]
     assert any("on the data that they were chosen by" in text for text in told)
     assert any("Every seed gave the same scores" in text for text in told)
+
+
+def test_a_saturated_score_has_no_effects() -> None:
+    pairs = [(torch.randn(4, 1, 8, 8), torch.zeros(4)) for _ in range(4)]
+    task = Task(
+        train=pairs,
+        validation=pairs,
+        loss=lambda output, target: output.square().mean(),
+        metric=lambda model, given: 1.0,
+        recipe=Recipe(steps=2),
+    )
+    result = normsearch.search(network(), task, methods=METHODS, n_trials=12, confirm=2)
+    # Sensing says something of methods, and no score bears it out.
+    assert result.prior
+    report = result.report()
+    assert {section.kind for section in report.sections}.isdisjoint({"effects", "importances"})
+    told = [note.text for note in part(report, sections.Notes).notes]
+    assert any("or the score cannot tell (it is saturated, for example)" in text for text in told)
+    assert "All trials scored the same: the score tells no method from another." in told
+
+
+# What NumPy says of the surrogate's numbers, which overflow.
+@pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+@pytest.mark.parametrize("size", [1e38, 1e160, -1e160, 1e300])
+@pytest.mark.parametrize("at", [[3], range(100)])
+def test_reports_bear_large_scores(size: float, at: Any) -> None:
+    def objective(model: nn.Module, trial: Any) -> float:
+        return size / (trial.number % 3 + 1) if trial.number in at else float(trial.number % 4)
+
+    report = normsearch.search(network(), objective, methods=METHODS, n_trials=8, confirm=2).report()
+    assert "NaN" not in report.to_json()
+    assert Reader(report.to_html())
+    assert part(report, made.SearchPart).outcome is not None
 
 
 def test_a_single_seed_is_said_to_rule_every_mix_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -174,15 +175,26 @@ class Findings:
 
     @cached_property
     def expected(self) -> Mapping[str, Mapping[str, Effect]]:
-        """The posterior's effects on the plan; empty where there is too little to say."""
+        """The posterior's effects on the plan; empty where there is too little to say.
+
+        Where all scores are the same, or too large to compute with, there is nothing but the prior.
+        """
         done = [trial for trial in self.counted if trial.state == TrialState.COMPLETE]
-        if len(done) < 2 or self.best is None:
+        if self.scored < 2 or self.best is None:
             return {}
         sign = 1.0 if self.goals[0].maximize else -1.0
         posterior = Posterior(
             self.space, done, [sign * trial.values[0] for trial in done], self.memory.prior()
         )
-        return posterior.effects(self.by_number[self.best].params)
+        effects = posterior.effects(self.by_number[self.best].params)
+        cells = [cell for row in effects.values() for cell in row.values()]
+        finite = all(math.isfinite(cell.mean) and math.isfinite(cell.deviation) for cell in cells)
+        return effects if finite else {}
+
+    @cached_property
+    def scored(self) -> int:
+        """How many different scores trials have."""
+        return len({trial.values[0] for trial in self.counted if trial.state == TrialState.COMPLETE})
 
     def place(self, path: str) -> int | None:
         """Return the place of the method that the plan that counts has at a site."""

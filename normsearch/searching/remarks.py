@@ -37,8 +37,9 @@ def _warnings(found: Findings) -> list[str]:
             )
         if seeds > 1 and all(len(set(row.scores)) == 1 for row in found.confirmed.values()):
             said.append(
-                "Every seed gave the same scores: nothing that the objective does depends on the seed, "
-                "so that the errors say nothing of the noise."
+                "Every seed gave the same scores: either nothing that the objective does depends on the "
+                "seed, or the score cannot tell (it is saturated, for example); the errors say nothing of "
+                "the noise."
             )
         if seeds == 1:
             ruled_out = any(row.gain is not None for row in found.confirmed.values())
@@ -49,6 +50,8 @@ def _warnings(found: Findings) -> list[str]:
         f"{failure.reason}."
         for number, failure in failures(found.memory).items()
     ]
+    if found.scored == 1 and states["complete"] + states["infeasible"] > 1:
+        said.append("All trials scored the same: the score tells no method from another.")
     finished = sum(states[s] for s in ("complete", "infeasible", "pruned", "failed"))
     if finished < found.wanted:
         said.append(f"The search is not finished: {finished} of {found.wanted} trials are done.")
