@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import multiprocessing
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import normsearch
 from normsearch.errors import SearchError
 from normsearch.searching import (
     BatchIndependent,
+    LeaseTerms,
     MaxDrop,
     MaxLatency,
     MaxMemory,
@@ -124,6 +129,120 @@ def test_ask_and_tell() -> None:
         run.ask()
     with pytest.raises(SearchError, match="no objective"):
         run.optimize()
+
+
+def asking(tmp_path: Path, **changes: Any) -> Search:
+    kept = {"storage": tmp_path / "study.journal", "name": "s"}
+    return Search(network(), Planted(), methods=["batch", "group"], n_trials=5, **kept, **changes)
+
+
+def test_a_trial_that_was_asked_for_is_left_alone_until_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = LeaseTerms(beat=0.05, patience=0.5)
+    monkeypatch.setattr("normsearch.searching.asking._TERMS", terms)
+    run = asking(tmp_path)
+    trial = run.ask()
+    worker = threading.Thread(
+        target=join,
+        args=(network(), Planted()),
+        kwargs={"storage": tmp_path / "study.journal", "name": "s", "terms": terms},
+        daemon=True,
+    )
+    worker.start()
+    end = time.monotonic() + 30
+    while sum(t.state.is_finished() for t in run.study.get_trials(deepcopy=False)) < 4:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    # The worker waits for the last one, far longer than a process is given up after.
+    time.sleep(1.5)
+    assert run.study.trials[trial.number].state == TrialState.RUNNING
+    assert worker.is_alive()
+    run.tell(trial, 0.5)
+    worker.join(30)
+    assert not worker.is_alive()
+    assert [t.state for t in run.study.trials] == [TrialState.COMPLETE] * 5
+    assert run.study.trials[trial.number].value == 0.5
+
+
+def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
+    run = asking(tmp_path)
+    for nothing in (None, 0):
+        with pytest.raises(SearchError, match=f"trial={nothing!r}: give a trial that ask returned"):
+            run.tell(nothing, 0.5)  # type: ignore[arg-type]
+        with pytest.raises(SearchError, match="give a trial that ask returned"):
+            run.plan(nothing)  # type: ignore[arg-type]
+    trial = run.ask()
+    for values, said in ((float("nan"), "finite"), ("good", "returned str"), ([0.1, 0.2], "2 numbers for 1")):
+        with pytest.raises(SearchError, match=said):
+            run.tell(trial, values)  # type: ignore[arg-type]
+    # It can still be told.
+    run.tell(trial, 0.5)
+    with pytest.raises(SearchError, match=r"trial 0 is finished already \(complete\); ask for another one"):
+        run.tell(trial, 0.5)
+    with pytest.raises(SearchError, match=r"trial 0 is finished already"):
+        run.resume(0)
+    failed = run.ask()
+    failed.set_user_attr("error", "out of patience")
+    run.tell(failed, None)
+    assert run.study.trials[1].state == TrialState.FAIL
+    other = Search(network(), None, methods=["batch", "group"], n_trials=5)
+    other.ask(), other.ask(), run.ask()
+    with pytest.raises(SearchError, match="trial 2 of 'normsearch' is not of this search"):
+        run.tell(other.ask(), 0.5)
+    twin = Search(network(), None, methods=["batch", "group"], n_trials=5)
+    with pytest.raises(SearchError, match="trial 0 is another's by now"):
+        other.tell(twin.ask(), 0.5)
+
+
+def test_a_trial_belongs_to_who_resumed_it_last(tmp_path: Path) -> None:
+    first, second = asking(tmp_path), asking(tmp_path)
+    trial = first.ask()
+    again = second.resume(trial.number)
+    assert again.params == trial.params
+    with pytest.raises(SearchError, match="trial 0 is another's by now"):
+        first.tell(trial, 0.5)
+    second.tell(again, 0.75)
+    with pytest.raises(SearchError, match="trial 0 is finished already"):
+        first.tell(trial, 0.5)
+
+
+def test_trials_that_were_asked_for_and_not_told_are_run(tmp_path: Path) -> None:
+    run = asking(tmp_path)
+    trial = run.ask()
+    run.optimize()
+    assert run.study.trials[trial.number].params == trial.params
+    assert [t.state for t in run.study.trials] == [TrialState.COMPLETE] * 5
+
+
+def test_a_trial_of_a_process_that_ended_is_asked_for_again(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=ask_and_end, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    run = asking(tmp_path)
+    assert run.study.trials[0].state == TrialState.RUNNING
+    assert run.ask().number == 0
+
+
+def ask_and_end(folder: Path) -> None:
+    asking(folder).ask()
+
+
+def test_leases_end_with_their_search() -> None:
+    def renewing() -> int:
+        return sum(thread.name.startswith("lease") for thread in threading.enumerate())
+
+    before = renewing()
+    run = Search(network(), None, methods=["batch", "group"], n_trials=5)
+    run.ask(), run.ask()
+    assert renewing() == before + 2
+    del run
+    gc.collect()
+    end = time.monotonic() + 10
+    while renewing() > before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from normsearch.errors import SearchError
 from normsearch.methods import Method
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Progress
+from normsearch.searching.asking import AskedTrials
 from normsearch.searching.checking import check_arguments, check_whole
 from normsearch.searching.concluding import Conclusion, forget_failures
 from normsearch.searching.confirming import Candidate
@@ -111,6 +112,7 @@ class Search:
         if not isinstance(sampler, BaseSampler):
             sampler = sampler_named(sampler, self.memory, self.space)
         self.study.sampler = sampler
+        self._asked = AskedTrials(self.study)
         self._evaluation = evaluation(self.resident, self.space, objective, self.memory)
 
     @property
@@ -121,30 +123,53 @@ class Search:
     def ask(self) -> Trial:
         """Return the next trial, its parameters suggested.
 
+        It is left to this process until it is told, however long that takes: other workers do not run it.
+
         Raises:
             SearchError: all trials are taken.
 
         """
+        self._asked.reclaim()
         trials = self.study.get_trials(deepcopy=False)
         if sum(trial.state != TrialState.WAITING for trial in trials) >= self.n_trials:
             raise SearchError(f"all {self.n_trials} trials were asked for; give a larger n_trials")
-        return self.study.ask(dict(self.space.distributions))
+        return self._asked.hold(self.study.ask(dict(self.space.distributions)))
 
     def plan(self, trial: Trial | FrozenTrial) -> Plan:
-        """Return a trial's plan."""
-        return self.space.plan(trial.params)
-
-    def tell(self, trial: Trial, values: float | Sequence[float]) -> None:
-        """Record a trial's numbers; costs that are objectives are added.
+        """Return a trial's plan.
 
         Raises:
-            SearchError: they are not finite, or not one for each direction.
+            SearchError: it is no trial of this search.
 
         """
-        self.study.tell(trial, self._evaluation.with_costs(trial, values))
+        if not isinstance(trial, Trial | FrozenTrial):
+            raise SearchError(f"trial={trial!r}: give a trial that ask returned")
+        return self.space.plan(trial.params)
+
+    def tell(self, trial: Trial, values: float | Sequence[float] | None) -> None:
+        """Record a trial's numbers, costs that are objectives added, or that it failed.
+
+        Args:
+            trial: what ``ask`` or ``resume`` returned.
+            values: a number, or one for each direction; None for a trial that failed, whose user attribute
+                ``error`` may say why.
+
+        Raises:
+            SearchError: they are not finite, or not one for each direction, and the trial can be told again;
+                or it is no trial of this search, is finished, or is another worker's.
+
+        """
+        self._asked.check(trial)
+        if values is None:
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            self.study.tell(trial, self._evaluation.with_costs(trial, values))
+        self._asked.end(trial)
 
     def optimize(self, *, on_progress: OnProgress | None = None) -> None:
         """Run trials until there are ``n_trials``; other workers' count.
+
+        Those that were asked for and not told are run too.
 
         Raises:
             SearchError: the objective fails again and again.
@@ -152,6 +177,7 @@ class Search:
         """
         if self._objective is None:
             raise SearchError("this search has no objective to run; ask and tell by hand, or give one")
+        self._asked.give_back()
         work(self.study, self._evaluation, self.memory.read("n_trials"), on_progress=on_progress)
         names = set(self.space.distributions)
         if self.n_trials > self.space.size and any(set(t.params) - names for t in self.study.get_trials()):
@@ -160,16 +186,15 @@ class Search:
             work(self.study, self._evaluation, self.n_trials, on_progress=on_progress)
 
     def resume(self, number: int) -> Trial:
-        """Return a running trial by its number, its parameters suggested unless they were before.
+        """Return an unfinished trial by its number, its parameters suggested unless they were before.
+
+        It is this process's from now on, whoever had it.
 
         Raises:
-            SearchError: there is no such trial.
+            SearchError: there is no such trial, or it is finished.
 
         """
-        found = [one for one in self.study.get_trials(deepcopy=False) if one.number == number]
-        if not found:
-            raise SearchError(f"the study has no trial {number}; ask for one")
-        trial = Trial(self.study, found[0]._trial_id)
+        trial = self._asked.resume(number)
         for name, distribution in self.space.distributions.items():
             trial.suggest_categorical(name, distribution.choices)
         return trial
