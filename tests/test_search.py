@@ -357,9 +357,38 @@ def test_a_study_is_not_gone_on_with_for_another_network_or_task(tmp_path: Path)
         normsearch.search(network(), task(loss=F.nll_loss), **few)
     with pytest.raises(SearchError, match="other the original's score"):
         normsearch.search(network(), task(validation=pairs(4, 7)), **few)
+    with pytest.raises(
+        SearchError, match=r"other training data \(4 batches, first \w+, now 3 batches, first"
+    ):
+        normsearch.search(network(), task(train=pairs(4)[:3]), **few)
+    with pytest.raises(SearchError, match="other training data"):
+        normsearch.search(network(), task(train=pairs(4, 8)), **few)
+    with pytest.raises(SearchError, match="other training data"):
+        join(network(), task(train=pairs(4, 8)), storage=kept["storage"], name="s")
+    # Those of earlier versions know nothing of it.
+    run = Search(network(), task(), methods=["batch", "group"], n_trials=3, storage=kept["storage"], name="s")
+    run.memory.keep(
+        "identity", {k: v for k, v in run.memory.read("identity").items() if k != "training data"}
+    )
+    normsearch.search(network(), task(train=pairs(4, 8)), **few)
     normsearch.search(network(), Planted(), **few | {"name": "t"})
     with pytest.raises(SearchError, match="other objective"):
         normsearch.search(network(), lambda model, trial: 0.0, **few | {"name": "t"})
+
+
+def test_a_loader_is_known_by_its_size(tmp_path: Path) -> None:
+    def loader(count: int) -> Any:
+        return torch.utils.data.DataLoader(
+            [pair for b in pairs(count) for pair in zip(*b, strict=True)], 8, shuffle=True
+        )
+
+    kept = {"storage": tmp_path / "study.journal", "name": "s", "n_trials": 3, "confirm": 1}
+    few = {"methods": ["batch", "group"], **kept}
+    normsearch.search(network(), task(train=loader(4)), **few)
+    normsearch.search(network(), task(train=loader(4)), **few)
+    said = r"other training data \(4 batches, 32 samples, now 3 batches, 24 samples\)"
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(network(), task(train=loader(3)), **few)
 
 
 def test_a_search_that_failed_goes_on_when_the_objective_is_mended(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from normsearch.methods import Refusal, parse_method
 from normsearch.plans import Plan, Row
 from normsearch.searching.constraints import KINDS, Constraint
 from normsearch.searching.costs import CostTable
+from normsearch.searching.identity import TRAINING
 from normsearch.searching.space import Choice, SearchSpace
 from normsearch.searching.storage import open_storage
 from normsearch.sensitivities import Sensitivity
@@ -133,7 +134,8 @@ class Memory:
         if before is None:
             self.keep("identity", identity)
             return
-        other = [name for name in identity if identity[name] != before.get(name)]
+        known = [name for name in identity if name in before or name != TRAINING]
+        other = [name for name in known if identity[name] != before.get(name)]
         if other:
             raise SearchError(
                 f"the study {self.study.study_name!r} was made with other {other[0]} "
