@@ -253,6 +253,25 @@ def test_vetoes_are_shown() -> None:
     assert any(None in row.cells for row in part(report, made.Effects).rows)
 
 
+def test_sites_where_a_veto_would_leave_nothing_are_named() -> None:
+    told: list[str] = []
+    options: dict[str, Any] = {
+        "n_trials": 6,
+        "confirm": 1,
+        "on_progress": lambda step: told.append(step.detail),
+    }
+    result = searched(methods=["group", "instance"], veto=0.01, **options)
+    said = (
+        "t '1', '4', '7', '10' every method moves the output by more than 0.01 alone, so that none is vetoed"
+    )
+    assert any(said in detail for detail in told)
+    assert any(said in note.text for note in part(search_report(result), sections.Notes).notes)
+    told.clear()
+    # BatchNorm is left there.
+    result = searched(methods=["batch", "instance"], veto=0.5, **options)
+    assert not any("every method moves" in detail for detail in told)
+
+
 def test_pruned_and_infeasible_trials_say_why() -> None:
     result = searched(constraints=[MaxLatency(1.0)], n_trials=12, sampler="random")
     rows = part(search_report(result), made.Trials).rows

@@ -10,6 +10,7 @@ from normsearch.searching.concluding import failures
 from normsearch.searching.findings import Findings, state
 from normsearch.searching.leases import ERROR
 from normsearch.searching.results import SINGLE_SEED
+from normsearch.searching.stepwise import spared
 
 
 def notes(found: Findings, given: Sequence[str]) -> sections.Notes | None:
@@ -50,6 +51,8 @@ def _warnings(found: Findings) -> list[str]:
         f"{failure.reason}."
         for number, failure in failures(found.memory).items()
     ]
+    if what := spared(found.memory, found.space):
+        said.append(f"{what[0].upper()}{what[1:]}.")
     if found.scored == 1 and states["complete"] + states["infeasible"] > 1:
         said.append("All trials scored the same: the score tells no method from another.")
     finished = sum(states[s] for s in ("complete", "infeasible", "pruned", "failed"))

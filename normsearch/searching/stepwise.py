@@ -28,11 +28,14 @@ from normsearch.searching.preparing import VETO, prepare
 from normsearch.searching.resident import Resident
 from normsearch.searching.results import SearchResult
 from normsearch.searching.samplers import check_sampler, sampler_named
-from normsearch.searching.space import METHODS
+from normsearch.searching.space import METHODS, SearchSpace
 from normsearch.searching.studies import Memory, Settings, made_study
 from normsearch.searching.tasks import Task
 from normsearch.searching.workers import evaluation, work
 from normsearch.sensitivities import Sensitivity
+
+#: So many sites are named in a message.
+_NAMED = 5
 
 
 class Search:
@@ -106,9 +109,14 @@ class Search:
         prepare(self.resident, self.memory, objective, given, n_trials, on_progress)
         self.space = self.memory.space(self.resident.model)
         self.memory.keep("n_trials", min(self.n_trials, self.space.size))
-        if self.space.size < self.n_trials and on_progress is not None:
-            few = f"{self.space.size} different plans are left without what is refused, vetoed or tied"
-            on_progress(Progress("searching", 0, self.space.size, None, few))
+        known = [spared(self.memory, self.space)]
+        if self.space.size < self.n_trials:
+            known.append(
+                f"{self.space.size} different plans are left without what is refused, vetoed or tied"
+            )
+        for text in filter(None, known):
+            if on_progress is not None:
+                on_progress(Progress("searching", 0, min(self.n_trials, self.space.size), None, text))
         if not isinstance(sampler, BaseSampler):
             sampler = sampler_named(sampler, self.memory, self.space)
         self.study.sampler = sampler
@@ -253,3 +261,21 @@ class Search:
     @property
     def _conclusion(self) -> Conclusion:
         return Conclusion(self.study, self.memory, self.space, self._evaluation, self._objective)
+
+
+def spared(memory: Memory, space: SearchSpace) -> str:
+    """Return at which sites nothing is vetoed because nothing would be left; empty where there are none."""
+    drift, veto = memory.sensitivity(), memory.settings().veto
+    if drift is None or veto is None:
+        return ""
+    vetoes = drift.vetoes(veto)
+    sites = [path for path, left in space.allowed.items() if set(left) <= {*vetoes.get(path, ())} - {"batch"}]
+    if not sites:
+        return ""
+    named = ", ".join(map(repr, sites[:_NAMED])) + (
+        f" and {len(sites) - _NAMED} more" if sites[_NAMED:] else ""
+    )
+    return (
+        f"at {named} every method moves the output by more than {veto:g} alone, so that none is vetoed "
+        "there; add methods that change less, or leave such sites out"
+    )
