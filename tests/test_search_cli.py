@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import normsearch
 from normsearch.cli import app
 from normsearch.commands import searching as commands
-from normsearch.reporting import Document, search_sections
+from normsearch.reporting import Document, search_sections, sections
 from normsearch.searching import open_storage
 from normsearch.searching.costs import COSTS
 from normsearch.searching.preparing import VETO
@@ -77,6 +77,9 @@ class Noisy:
 
 def noisy():
     return network(), Noisy()
+
+def rated():
+    return network(), lambda model, trial: objective(model, trial) - trial.suggest_float("lr", 0, 1)
 
 def both():
     return network(), lambda model, trial: (objective(model, trial), 1.0)
@@ -218,6 +221,37 @@ def test_status_tells_what_was_confirmed_until_further_trials_finish(folder: Pat
     study = study_of("mytask.noisy.journal", "mytask.noisy")
     study.add_trial(study.trials[0])
     assert "leading, not confirmed: " in cli("status", *words[:2]).stdout
+
+
+def test_what_else_the_objective_suggested_is_told(folder: Path) -> None:
+    words = ["--task", "mytask:rated", *SMALL]
+    found = json.loads(cli("search", *words, "--json", "-o", "found").stdout)
+    study = study_of("mytask.rated.journal", "mytask.rated")
+    lr = study.trials[found["confirmation"][found["chosen"]]["number"]].params["lr"]
+    assert found["params"] == {"lr": lr}
+    assert f"; lr={lr!r}\n" in cli("search", *words, "--force", "-o", "found").stdout
+    assert f"; lr={lr!r}\n" in cli("status", *words[:2]).stdout
+    assert json.loads(cli("status", *words[:2], "--json").stdout)["params"] == {"lr": lr}
+    report = Document.from_json((folder / "found/report.json").read_bytes())
+    notes = report.section(sections.Notes)
+    assert notes is not None
+    assert f"The objective suggested more than the plan; its trial had lr={lr!r}." in [
+        n.text for n in notes.notes
+    ]
+
+
+def test_trials_that_wait_beyond_what_was_asked_for_do_not_count(folder: Path) -> None:
+    words = ["--task", "mytask:scored", "--methods", "batch,group,layer"]
+    found = json.loads(cli("search", *words, "--trials", "2", "--confirm", "0", "--json").stdout)
+    study = study_of("mytask.scored.journal", "mytask.scored")
+    assert len(study.trials) > 2
+    assert found["trials"] == 2
+    assert json.loads(cli("status", *words[:2], "--json").stdout)["states"] == {"complete": 2}
+    assert "has 2 trials to run: 2 complete\n" in cli("status", *words[:2]).stdout
+    report = Document.from_json((folder / "mytask.scored/report.json").read_bytes())
+    trials = report.section(search_sections.Trials)
+    assert trials is not None
+    assert len(trials.rows) == 2
 
 
 def test_the_same_command_goes_on(folder: Path) -> None:

@@ -54,6 +54,7 @@ from normsearch.searching import (
 )
 from normsearch.searching.concluding import failures
 from normsearch.searching.space import METHODS
+from normsearch.searching.trials import finished_trials
 
 _NAME = "search"
 #: Shares of the samples that networks learn from, and that trials are scored on; the rest confirms.
@@ -138,7 +139,7 @@ def conclude(asked: Concluding, folder: Path, report: Report) -> Found:
             )
             for row in result.confirmation
         ],
-        trials=len(search.study.get_trials(deepcopy=False)),
+        trials=finished_trials(search.study),
         notes=(*before.notes, *written.notes),
     )
 

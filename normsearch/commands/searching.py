@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -23,6 +23,7 @@ from normsearch.errors import CheckpointError, NormsearchError, SearchError
 from normsearch.files import write_text
 from normsearch.plans import Plan
 from normsearch.reporting.parts import finite
+from normsearch.text import visible
 
 # Optuna takes half a second to import: inside the commands, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ def search(
     _refuse(places, journal, force=force)
     from normsearch import searching
     from normsearch.searching.preparing import VETO
+    from normsearch.searching.trials import finished_trials
 
     constraints = _constraints(max_drop, max_latency, max_memory, batch_independent)
     with progress("preparing the task"):
@@ -227,8 +229,9 @@ def search(
             {
                 "written": [str(path) for path in places],
                 "study": name,
-                "trials": len(found.study.get_trials(deepcopy=False)),
+                "trials": finished_trials(found.study),
                 "plan": json.loads(found.best.to_json()),
+                "params": found.further,
                 "chosen": found.chosen,
                 "confirmation": _rows(found.confirmation),
                 "same_split": found.same_split,
@@ -236,7 +239,7 @@ def search(
         )
         return
     OUT.print(found)
-    OUT.print(_said(found.best), highlight=False)
+    OUT.print(_said(found.best, found.further), highlight=False, markup=False)
     typer.echo(f"wrote {', '.join(map(str, places))}")
 
 
@@ -326,6 +329,7 @@ def status(
                 "states": counts,
                 "leading": leading,
                 "plan": plan,
+                "params": found.further,
                 "confirmation": _rows(found.confirmed.values()),
             }
         )
@@ -343,7 +347,7 @@ def status(
             score = f"{found.goals[0].name} {row.mean:.4g} over {seeds}"
             told = f"confirmed: {name}, {score}; in the search {values}"
         OUT.print(told, highlight=False, markup=False)
-        OUT.print(_said(found.best_plan), highlight=False)
+        OUT.print(_said(found.best_plan, found.further), highlight=False, markup=False)
     if places:
         typer.echo(f"wrote {', '.join(map(str, places))}")
 
@@ -486,9 +490,10 @@ def _rows(confirmation: Iterable[Confirmed]) -> list[dict[str, Any]]:
     return [{**asdict(row), "error": finite(row.error)} for row in confirmation]
 
 
-def _said(best: Plan) -> str:
-    """Return a plan in a line: what it changes."""
+def _said(best: Plan, further: Mapping[str, Any]) -> str:
+    """Return a plan in a line: what it changes, and what else its trial was told to try."""
     counts: dict[str, int] = {}
     for method in best.values():
         counts[str(method)] = counts.get(str(method), 0) + 1
-    return "the plan: " + ", ".join(f"{method} at {count}" for method, count in counts.items())
+    told = "the plan: " + ", ".join(f"{method} at {count}" for method, count in counts.items())
+    return told + "".join(f"; {name}={visible(repr(value))}" for name, value in further.items())

@@ -20,7 +20,7 @@ from normsearch.searching.results import SearchResult
 from normsearch.searching.space import SearchSpace
 from normsearch.searching.studies import Memory
 from normsearch.searching.tasks import Task
-from normsearch.searching.trials import counted_trials
+from normsearch.searching.trials import finished_trials
 
 #: Names in a study's memory: scores by trial and seed, plans that failed, and how the search ended.
 _SCORES, _FAILURES, _CONCLUSION = "confirmation", "failures", "conclusion"
@@ -91,7 +91,7 @@ def concluded(memory: Memory) -> Concluded | None:
     if not memory.has(_CONCLUSION):
         return None
     found: Concluded = memory.read_as(_CONCLUSION, _CONCLUDED)
-    if found.finished != _finished(memory.study):
+    if found.finished != finished_trials(memory.study):
         return None
     trials = memory.study.get_trials(deepcopy=False)
     known = {None, *(trial.number for trial in trials if trial.state == TrialState.COMPLETE)}
@@ -178,7 +178,9 @@ class Conclusion:
         """Return the result, and remember how the search ended."""
         same_split = getattr(self.objective, "confirm", None) is None
         reference = next((one.number for one in given if one.uniform is not None), None)
-        ended = Concluded(given[chosen].number, reference, tuple(rows), same_split, _finished(self.study))
+        ended = Concluded(
+            given[chosen].number, reference, tuple(rows), same_split, finished_trials(self.study)
+        )
         self.memory.keep(_CONCLUSION, asdict(ended))
         return SearchResult(
             best=self.space.plan(given[chosen].params),
@@ -256,10 +258,6 @@ class Conclusion:
             out[candidate.number] = Failure(seed, f"{kind}{error}"[:_LONGEST_REASON])
             self.memory.keep(_FAILURES, {number: asdict(failure) for number, failure in out.items()})
             raise _PlanFailedError(_said(candidate.number, out[candidate.number])) from error
-
-
-def _finished(study: Study) -> int:
-    return sum(t.state.is_finished() for t in counted_trials(study.get_trials(deepcopy=False)))
 
 
 def _said(number: int, failure: Failure) -> str:

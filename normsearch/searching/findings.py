@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
@@ -144,8 +145,9 @@ class Findings:
 
     @cached_property
     def counted(self) -> list[FrozenTrial]:
-        """The trials that count, by number."""
-        return counted_trials(self.study.get_trials(deepcopy=False))
+        """The trials that count, by number; those that wait beyond what was asked for do not."""
+        trials = enumerate(counted_trials(self.study.get_trials(deepcopy=False)))
+        return [one for place, one in trials if place < self.wanted or one.state != TrialState.WAITING]
 
     @cached_property
     def by_number(self) -> Mapping[int, FrozenTrial]:
@@ -172,6 +174,12 @@ class Findings:
         """The plan that counts."""
         assert self.best is not None
         return self.space.plan(self.by_number[self.best].params)
+
+    @cached_property
+    def further(self) -> Mapping[str, Any]:
+        """What else the objective suggested in the trial of the plan that counts."""
+        params = {} if self.best is None else self.by_number[self.best].params
+        return {name: value for name, value in params.items() if name not in self.space.distributions}
 
     @cached_property
     def expected(self) -> Mapping[str, Mapping[str, Effect]]:

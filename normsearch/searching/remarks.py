@@ -53,6 +53,9 @@ def _warnings(found: Findings) -> list[str]:
     ]
     if what := spared(found.memory, found.space):
         said.append(f"{what[0].upper()}{what[1:]}.")
+    if found.further:
+        told = ", ".join(f"{name}={value!r}" for name, value in found.further.items())
+        said.append(f"The objective suggested more than the plan; its trial had {told}.")
     if found.scored == 1 and states["complete"] + states["infeasible"] > 1:
         said.append("All trials scored the same: the score tells no method from another.")
     finished = sum(states[s] for s in ("complete", "infeasible", "pruned", "failed"))

@@ -63,6 +63,11 @@ class SearchResult:
         """The study's parameters of the best plan."""
         return self.candidates[self.chosen].params
 
+    @property
+    def further(self) -> Mapping[str, Any]:
+        """What else the objective suggested in the best plan's trial, a learning rate for example."""
+        return {name: value for name, value in self.params.items() if name not in self.space.distributions}
+
     def report(self, *, score: str = "score", title: str | None = None) -> Document:
         """Return the report, as ``search_report`` makes it; ``report().save("report.html")`` writes it."""
         # That module imports this one.
