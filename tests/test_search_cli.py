@@ -78,6 +78,13 @@ class Noisy:
 def noisy():
     return network(), Noisy()
 
+def loud():
+    print("loading")
+    def score(model, trial):
+        print("epoch 1")
+        return objective(model, trial)
+    return network(), score
+
 def rated():
     return network(), lambda model, trial: objective(model, trial) - trial.suggest_float("lr", 0, 1)
 
@@ -238,6 +245,18 @@ def test_what_else_the_objective_suggested_is_told(folder: Path) -> None:
     assert f"The objective suggested more than the plan; its trial had lr={lr!r}." in [
         n.text for n in notes.notes
     ]
+
+
+def test_what_the_task_prints_goes_to_stderr(folder: Path) -> None:
+    (folder / "noisy.py").write_text("print('imported')\nfrom mytask import loud\n")
+    words = ["--task", "noisy:loud", "--study", "s", "--json"]
+    found = cli("search", *words, *SMALL)
+    assert json.loads(found.stdout)["study"] == "s"
+    assert found.stderr.startswith("imported\nloading\n")
+    assert "\nepoch 1\n" in found.stderr
+    assert json.loads(cli("worker", *words).stdout) == {"study": "s", "trials_run": 0}
+    assert json.loads(cli("status", *words).stdout)["states"] == {"complete": 10}
+    sys.modules.pop("noisy")
 
 
 def test_trials_that_wait_beyond_what_was_asked_for_do_not_count(folder: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -451,11 +452,15 @@ def _constraints(
 
 @contextmanager
 def _kept(storage: str) -> Iterator[None]:
-    """Say on Ctrl-C, and where the task or the storage fails, that nothing is lost, and how to go on."""
+    """Say on Ctrl-C, and where the task or the storage fails, that nothing is lost, and how to go on.
+
+    What the task prints goes to stderr, so that stdout holds the command's own words or JSON.
+    """
     # A URL may hold a password.
     where = "the database" if "://" in storage else storage
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except (NormsearchError, OSError, MemoryError):
         raise
     except Exception as error:

@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +68,10 @@ def _kind(value: Any) -> str:
 
 
 def _run(what: str, run: Callable[[], Any]) -> Any:
-    """Run the user's code; say what it raised, and where, in one line."""
+    """Run the user's code; say what it raised, and where, in one line. What it prints goes to stderr."""
     try:
-        return run()
+        with redirect_stdout(sys.stderr):
+            return run()
     except NormsearchError as error:
         raise SearchError(f"{what}: {error}") from error
     except (Exception, SystemExit) as error:
