@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import normsearch
-from normsearch.errors import SearchError
+from normsearch.errors import ModelError, SearchError
 from normsearch.searching import (
     BatchIndependent,
     LeaseTerms,
@@ -415,6 +416,16 @@ def test_a_search_that_failed_goes_on_when_the_objective_is_mended(tmp_path: Pat
         ({"confirm": 2.0}, "confirm=2.0"),
         ({"top": 0}, "top=0"),
         ({"seed": "a"}, "seed='a'"),
+        ({"seed": 2**63}, r"seed=9223372036854775808: give at most 4611686018427387904"),
+        ({"inputs": INPUTS}, r"inputs= is a Tensor: give a list of batches, \[inputs\] for one"),
+        ({"inputs": 5}, "inputs= is a int: give a list of batches"),
+        ({"storage": 5}, "storage=5: give a path"),
+        ({"on_progress": 5}, "on_progress=5: give a function"),
+        ({"directions": None}, "directions=None: give 'maximize'"),
+        ({"costs": None}, "costs=None: give a list"),
+        ({"constraints": MaxDrop(0.1)}, r"constraints=MaxDrop\(.*\): give a list"),
+        ({"sampler": 5}, "sampler=5: give a name"),
+        ({"sites": 5}, "sites=5: give glob patterns"),
         ({"veto": float("nan")}, "veto=nan"),
         ({"methods": None}, "methods=None"),
         ({"sites": [1]}, r"sites=\[1\]"),
@@ -429,6 +440,36 @@ def test_arguments_of_other_kinds(arguments: dict[str, Any], said: str) -> None:
         normsearch.search(network(), objective, **OPTIONS | arguments)
     # Before anything is run.
     assert not objective.calls
+
+
+def test_numpys_whole_numbers_are_whole_numbers(tmp_path: Path) -> None:
+    kept = {"storage": tmp_path / "study.journal", "name": "s"}
+    one, four = np.int64(1), np.int64(4)
+    given: Any = {"n_trials": four, "seed": one, "confirm": one, "top": one}
+    result = normsearch.search(network(), Planted(), methods=["batch", "group"], **given, **kept)
+    assert len(result.study.trials) == 4
+    normsearch.search(
+        network(), Planted(), methods=["batch", "group"], n_trials=4, seed=1, confirm=1, top=1, **kept
+    )
+
+
+def test_patterns_may_come_from_a_generator() -> None:
+    run = Search(network(), None, methods=["batch", "group"], sites=(f"{name}.1" for name in "ab"))
+    assert list(run.space.allowed) == ["a.1", "b.1"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_models_that_cannot_be_searched_are_named() -> None:
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    part = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), torch.jit.script(nn.ReLU()))
+    for model, said in (
+        (lazy, "run one forward pass first"),
+        (part, "2 is compiled TorchScript.*; give the nn.Module that it was made from"),
+        (torch.jit.script(part), "the model is compiled TorchScript"),
+        (5, "expected a torch.nn.Module, got int"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            Search(model, None)  # type: ignore[arg-type]
 
 
 def test_what_was_refused_does_not_bind_a_name(tmp_path: Path) -> None:

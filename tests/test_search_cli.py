@@ -394,6 +394,7 @@ def test_batch_independent_leaves_batch_out(folder: Path) -> None:
 
 ERRORS = (
     ("mytask", "--task 'mytask': give package.module:task"),
+    (":task", "--task ':task': give package.module:task"),
     ("no such:task", "--task 'no such:task': give package.module:task"),
     ("absent_module:task", "cannot import absent_module: ModuleNotFoundError: No module named"),
     ("bad_syntax:task", "cannot import bad_syntax: SyntaxError: "),
@@ -435,6 +436,7 @@ OPTIONS = (
     (["--storage", "mytask.py"], "mytask.py is not a journal of trials"),
     (["--storage", "mysql://u:secret@h/d"], "mysql:// is no storage that normsearch opens"),
     (["--task", "mytask:task", "--methods", "batch,group", "--veto", "0.01"], ONE_PLAN),
+    (["--seed", str(2**63)], "error: --seed 9223372036854775808: give at most 4611686018427387904"),
     (["--study", "../x"], "--study '../x': give a name that a file may have too"),
     (["-o", "absent/deeper/x"], "the folder 'absent/deeper' does not exist; make it first"),
     (["-o", "mytask.py"], "mytask.py is no folder; give one, or NAME.safetensors"),

@@ -19,7 +19,7 @@ from normsearch.arguments import split_methods
 from normsearch.checkpoints import save
 from normsearch.commands.options import Force, Json, Title
 from normsearch.commands.running import OUT, fail, following, print_json, progress, refuse_outputs, reported
-from normsearch.commands.tasks import load_task, place, said
+from normsearch.commands.tasks import check_spelling, load_task, place, said
 from normsearch.errors import CheckpointError, NormsearchError, SearchError
 from normsearch.files import write_text
 from normsearch.plans import Plan
@@ -371,6 +371,7 @@ def _study_name(study: str | None, task: str) -> str:
         SearchError: it cannot name one.
 
     """
+    check_spelling(task)
     if study is None:
         module, _, function = task.partition(":")
         # Two tasks of one module are two searches.

@@ -30,6 +30,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"MaxLatency\(([^)]*)\): ", r"--max-latency \1: "),
     (r"MaxMemory\(([^)]*)\): ", r"--max-memory \1: "),
     (r"n_trials=", "--trials "),
+    (r"^seed=", "--seed "),
     (r"run one forward pass first, or give inputs=", "give --inputs or --input-shape"),
     (r"give inputs= if there were none", "give --inputs or --input-shape if neither was given"),
     (

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from normsearch.errors import NormsearchError, SearchError
 from normsearch.searching.resident import Resident
 from normsearch.searching.tasks import Task
 
@@ -23,12 +24,16 @@ def identity(resident: Resident, objective: Any) -> dict[str, str]:
     The weights are hashed. Of a ``Task`` the recipe is told, the original's metric on the split of the
     search, which other data would change, and of the training split its size and, of a list of batches, the
     first one. Functions are known by their names alone: loss and metric, and any other objective.
+
+    Raises:
+        SearchError: the metric fails on the original.
+
     """
     found = {"weights": _hash(resident.model)}
     if not isinstance(objective, Task):
         return found | ({} if objective is None else {"objective": _name(objective)})
     with resident.borrowed() as model:
-        score = objective.score(model)
+        score = _scored(objective, model)
     return found | {
         "recipe": repr(objective.recipe),
         "loss": _name(objective.loss),
@@ -36,6 +41,18 @@ def identity(resident: Resident, objective: Any) -> dict[str, str]:
         "the original's score": f"{score:.6g}",
         TRAINING: _training(objective.train),
     }
+
+
+def _scored(task: Task, model: nn.Module) -> float:
+    try:
+        return task.score(model)
+    except NormsearchError:
+        raise
+    except Exception as error:
+        raise SearchError(
+            f"the metric {_name(task.metric)} failed on the original ({type(error).__name__}: {error}); try "
+            "metric(model.eval(), validation) by hand"
+        ) from error
 
 
 def _hash(model: nn.Module) -> str:

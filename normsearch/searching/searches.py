@@ -12,7 +12,7 @@ from torch import nn
 
 from normsearch.methods import Method
 from normsearch.progress import OnProgress, Progress
-from normsearch.searching.checking import check_whole
+from normsearch.searching.checking import check_callback, check_whole
 from normsearch.searching.constraints import Constraint
 from normsearch.searching.objectives import Objective
 from normsearch.searching.preparing import VETO
@@ -75,7 +75,7 @@ def search(
             by default a file ``NAME.journal`` if there is a name, else memory.
         name: of the study.
         sampler: ``auto`` (``norm``), ``norm``, ``tpe``, ``gp``, ``nsga2``, ``random``, or one of Optuna's.
-        seed: of everything random.
+        seed: of everything random, at most 2⁶².
         inputs: batches of inputs for sensitivity and costs; by default a ``Task``'s training inputs.
         veto: the largest drift of a single change that may be tried; None vetoes nothing.
         sense: whether to ask a supernet first; only a ``Task`` can be asked.
@@ -114,8 +114,8 @@ def search(
         Frozen(trainable=False)
 
     """
-    check_whole("confirm", confirm, 0)
-    check_whole("top", top, 1)
+    confirm, top = check_whole("confirm", confirm, 0), check_whole("top", top, 1)
+    check_callback(on_progress)
     if confirm == 1 and on_progress is not None:
         on_progress(Progress("searching", 0, n_trials, None, SINGLE_SEED))
     run = Search(

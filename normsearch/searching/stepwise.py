@@ -17,7 +17,15 @@ from normsearch.methods import Method
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Progress
 from normsearch.searching.asking import AskedTrials
-from normsearch.searching.checking import check_arguments, check_whole
+from normsearch.searching.checking import (
+    LARGEST_SEED,
+    check_arguments,
+    check_callback,
+    check_inputs,
+    check_model,
+    check_objective,
+    check_whole,
+)
 from normsearch.searching.concluding import Conclusion, forget_failures
 from normsearch.searching.confirming import Candidate
 from normsearch.searching.constraints import Constraint, checked
@@ -78,9 +86,16 @@ class Search:
         sense: bool = True,
         on_progress: OnProgress | None = None,
     ) -> None:
-        check_whole("n_trials", n_trials, 1)
-        check_whole("seed", seed, 0)
-        check_arguments(model, methods, sites, veto, name)
+        n_trials = check_whole("n_trials", n_trials, 1)
+        seed = check_whole("seed", seed, 0, LARGEST_SEED)
+        sites = (
+            sites if sites is None or isinstance(sites, str) or not isinstance(sites, Iterable) else [*sites]
+        )
+        check_arguments(methods, sites, directions, costs, constraints, storage, name, sampler, veto)
+        check_callback(on_progress)
+        check_inputs(inputs)
+        check_model(model)
+        check_objective(objective)
         costs = (costs,) if isinstance(costs, str) else costs
         self.n_trials = n_trials
         for cost in costs:
@@ -248,8 +263,8 @@ class Search:
             SearchError: no trial meets the constraints, every plan fails, or there is nothing to run.
 
         """
-        check_whole("confirm", confirm, 0)
-        check_whole("top", top, 1)
+        confirm, top = check_whole("confirm", confirm, 0), check_whole("top", top, 1)
+        check_callback(on_progress)
         if self._objective is None:
             raise SearchError("this search has no objective to confirm by; see study.best_trials instead")
         return self._conclusion.result(confirm, top, on_progress)

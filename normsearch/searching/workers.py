@@ -13,6 +13,7 @@ from torch import nn
 
 from normsearch.errors import SearchError
 from normsearch.progress import OnProgress, Stage
+from normsearch.searching.checking import check_callback, check_model, check_objective
 from normsearch.searching.identity import identity
 from normsearch.searching.leases import LeaseTerms
 from normsearch.searching.objectives import Evaluation, Objective
@@ -105,6 +106,9 @@ def join(
         SearchError: there is no such study, it searches another model, or the storage cannot be shared.
 
     """
+    check_model(model)
+    check_objective(objective)
+    check_callback(on_progress)
     opened = open_storage(storage)
     check_shared(opened)
     study = opened_study(name, opened)
