@@ -253,6 +253,15 @@ def test_vetoes_are_shown() -> None:
     assert any(None in row.cells for row in part(report, made.Effects).rows)
 
 
+def test_without_confirmation_no_empty_table_is_printed() -> None:
+    result = searched(n_trials=6, confirm=0, inputs=None)
+    console = Console(width=150, file=io.StringIO())
+    console.print(result)
+    best = result.candidates[result.chosen]
+    name = f"all {best.uniform}" if best.uniform else f"trial {best.number}"
+    assert console.file.getvalue() == f"not confirmed: {name}, {best.value:.4f} in the search\n"  # type: ignore[attr-defined]
+
+
 def test_sites_where_a_veto_would_leave_nothing_are_named() -> None:
     told: list[str] = []
     options: dict[str, Any] = {

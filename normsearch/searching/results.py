@@ -17,6 +17,7 @@ from normsearch.sensitivities import Sensitivity
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from normsearch.reporting import Document
 
@@ -75,11 +76,16 @@ class SearchResult:
 
         return search_report(self, score=score, title=title)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Table | Text:
         from rich import box
         from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
+        if not self.confirmation:
+            best = self.candidates[self.chosen]
+            name = f"all {best.uniform}" if best.uniform else f"trial {best.number}"
+            return Text(f"not confirmed: {name}, {best.value:.4f} in the search")
         split = "on the search's data" if self.same_split else "on held-out data"
         table = Table(title=f"confirmed {split}, paired by seed", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for head in ("", "plan", "search", "confirmed", "gain", "± error"):
