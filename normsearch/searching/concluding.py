@@ -141,16 +141,14 @@ class Conclusion:
         cause: Exception | None = None
         while True:
             given = self._candidates(confirm, top, cause)
-            known = self._scores()
-            pairs = [(one, seed) for seed in self._seeds(confirm) for one in given] if confirm else []
-            done = sum(_key(*pair) in known for pair in pairs)
-            stage = Stage("confirming", len(pairs), on_progress, done=done)
+            wanted = {_key(one, seed) for seed in self._seeds(confirm) for one in given} if confirm else set()
+            stage = Stage("confirming", len(wanted), on_progress, done=len(wanted & self._scores().keys()))
             try:
                 chosen, rows = self._decided(given, confirm, stage)
                 _, model = self._again(given[chosen], self._seeds(confirm)[0], keep=True)
             except _PlanFailedError as error:
                 cause = error
-                stage.advance(str(error), done=done)
+                stage.advance(str(error), done=len(wanted & self._scores().keys()))
                 continue
             assert model is not None
             return self._kept(given, chosen, rows, model)
