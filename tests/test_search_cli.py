@@ -456,7 +456,7 @@ def test_options_that_make_no_sense(words: list[str], said: str) -> None:
 def test_what_cannot_be_written_is_said_before_the_task_is_loaded(output: str) -> None:
     said = cli("search", "--task", "mytask:broken", "-o", output, code=1).stderr
     assert "nothing can be written into /proc" in said
-    assert said.endswith("(No such file or directory); give another place\n")
+    assert said.endswith("(No such file or directory); give another -o\n")
 
 
 def test_usage_errors_have_their_own_exit_code() -> None:

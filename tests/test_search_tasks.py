@@ -112,6 +112,14 @@ def test_data_that_are_no_pairs_are_refused_before_anything_is_made(
         normsearch.search(network(), task(**changes), **OPTIONS)
 
 
+def test_data_that_a_for_loop_reads_need_no_iter() -> None:
+    class Indexed:
+        def __getitem__(self, number: int) -> Any:
+            return pairs(4)[number]
+
+    check_objective(task(train=Indexed(), validation=Indexed()))
+
+
 def test_looking_at_the_data_moves_no_generator() -> None:
     data = torch.utils.data.TensorDataset(torch.randn(32, 1, 8, 8), torch.randint(3, (32,)))
     own = torch.Generator().manual_seed(3)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,21 +14,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normsearch.arguments import split_methods
-from normsearch.checkpoints import save
 from normsearch.commands.options import Force, Json, Title
 from normsearch.commands.running import OUT, fail, following, print_json, progress, refuse_outputs, reported
+from normsearch.commands.search_outputs import (
+    folder_or_weights,
+    places_of,
+    refuse_places,
+    rows_of,
+    told_plan,
+    write_found,
+)
 from normsearch.commands.tasks import check_spelling, load_task, place, said
-from normsearch.errors import CheckpointError, NormsearchError, SearchError
-from normsearch.files import write_text
-from normsearch.plans import Plan
-from normsearch.reporting.parts import finite
-from normsearch.text import visible
+from normsearch.errors import NormsearchError, SearchError
 
 # Optuna takes half a second to import: inside the commands, so that --help does not wait for it.
 if TYPE_CHECKING:
-    from normsearch.reporting import Document
-    from normsearch.searching import Constraint, SearchResult
-    from normsearch.searching.confirming import Confirmed
+    from normsearch.searching import Constraint
 
 
 class Direction(StrEnum):
@@ -191,9 +190,9 @@ def search(
         raise typer.BadParameter("give --veto or --no-veto, not both", param_hint="--veto")
     name = _study_name(study, task)
     kept = storage or f"{name}.journal"
-    places = _places(Path(name)) if output is None else _places(_folder_or_weights(output))
+    places = places_of(Path(name)) if output is None else places_of(folder_or_weights(output))
     journal = None if "://" in kept else Path(kept)
-    _refuse(places, journal, force=force)
+    refuse_places(places, journal, force=force)
     from normsearch import searching
     from normsearch.searching.preparing import VETO
     from normsearch.searching.trials import finished_trials
@@ -224,7 +223,7 @@ def search(
         )
     with _kept(kept), progress(f"writing {places[0]}"):
         report = searching.search_report(found, score=_score_of(objective), title=title)
-        _write(found, report, places, force=force)
+        write_found(found, report, places, force=force)
     if as_json:
         print_json(
             {
@@ -234,13 +233,13 @@ def search(
                 "plan": json.loads(found.best.to_json()),
                 "params": found.further,
                 "chosen": found.chosen,
-                "confirmation": _rows(found.confirmation),
+                "confirmation": rows_of(found.confirmation),
                 "same_split": found.same_split,
             }
         )
         return
     OUT.print(found)
-    OUT.print(_said(found.best, found.further), highlight=False, markup=False)
+    OUT.print(told_plan(found.best, found.further), highlight=False, markup=False)
     typer.echo(f"wrote {', '.join(map(str, places))}")
 
 
@@ -331,7 +330,7 @@ def status(
                 "leading": leading,
                 "plan": plan,
                 "params": found.further,
-                "confirmation": _rows(found.confirmed.values()),
+                "confirmation": rows_of(found.confirmed.values()),
             }
         )
         return
@@ -348,7 +347,7 @@ def status(
             score = f"{found.goals[0].name} {row.mean:.4g} over {seeds}"
             told = f"confirmed: {name}, {score}; in the search {values}"
         OUT.print(told, highlight=False, markup=False)
-        OUT.print(_said(found.best_plan, found.further), highlight=False, markup=False)
+        OUT.print(told_plan(found.best_plan, found.further), highlight=False, markup=False)
     if places:
         typer.echo(f"wrote {', '.join(map(str, places))}")
 
@@ -381,59 +380,6 @@ def _study_name(study: str | None, task: str) -> str:
     if not name or name != Path(name).name or not name.isprintable() or name.startswith("."):
         raise SearchError(f"--study {name!r}: give a name that a file may have too")
     return name
-
-
-def _folder_or_weights(output: Path) -> Path:
-    """Return ``--output``.
-
-    Raises:
-        CheckpointError: it has the suffix of a file that is not written.
-
-    """
-    if output.suffix not in ("", ".safetensors") and not output.exists():
-        raise CheckpointError(
-            f"-o {output}: weights are written as NAME.safetensors; give that, or a folder, which must exist "
-            f"already if its name ends like a file's ({output.suffix})"
-        )
-    return output
-
-
-def _places(output: Path) -> tuple[Path, Path, Path, Path]:
-    """Return where the weights, the plan and the report's HTML and JSON are written.
-
-    Raises:
-        CheckpointError: the file has another suffix.
-
-    """
-    if output.suffix == ".safetensors" and not output.is_dir():
-        beside = [output.with_name(f"{output.stem}_{rest}") for rest in ("plan.json", "report.html")]
-        return output, beside[0], beside[1], beside[1].with_suffix(".json")
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output} is no folder; give one, or NAME.safetensors")
-    names = ("model.safetensors", "plan.json", "report.html", "report.json")
-    first, second, third, fourth = (output / name for name in names)
-    return first, second, third, fourth
-
-
-def _refuse(places: tuple[Path, ...], journal: Path | None, *, force: bool) -> None:
-    """Raise before any work where the results cannot be written."""
-    folder = places[0].parent
-    if folder.exists():
-        refuse_outputs(places, [journal], force=force)
-    elif not folder.parent.is_dir():
-        raise CheckpointError(f"{folder}: the folder {str(folder.parent)!r} does not exist; make it first")
-    try:
-        if folder.exists():
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        else:
-            folder.mkdir()
-            folder.rmdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"-o {places[0]}: nothing can be written into {folder} ({error.strerror or error}); give another "
-            "place"
-        ) from error
 
 
 def _constraints(
@@ -479,27 +425,3 @@ def _kept(storage: str) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"interrupted; everything is kept in {where}: the same command goes on", err=True)
         raise typer.Exit(130) from None
-
-
-def _write(
-    found: SearchResult, report: Document, places: tuple[Path, Path, Path, Path], *, force: bool
-) -> None:
-    weights, plan, page, _ = places
-    weights.parent.mkdir(exist_ok=True)
-    save(found.model, weights, plan=found.best, force=force)
-    write_text(plan, found.best.to_json(), force=force)
-    report.save(page, force=force)
-
-
-def _rows(confirmation: Iterable[Confirmed]) -> list[dict[str, Any]]:
-    """Return a confirmation as JSON holds it: the error of a single seed is not known."""
-    return [{**asdict(row), "error": finite(row.error)} for row in confirmation]
-
-
-def _said(best: Plan, further: Mapping[str, Any]) -> str:
-    """Return a plan in a line: what it changes, and what else its trial was told to try."""
-    counts: dict[str, int] = {}
-    for method in best.values():
-        counts[str(method)] = counts.get(str(method), 0) + 1
-    told = "the plan: " + ", ".join(f"{method} at {count}" for method, count in counts.items())
-    return told + "".join(f"; {name}={visible(repr(value))}" for name, value in further.items())

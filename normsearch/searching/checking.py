@@ -78,7 +78,7 @@ def check_callback(on_progress: Any) -> None:
 def check_inputs(inputs: Any) -> None:
     """Raise a ``SearchError`` for inputs that are no batches."""
     single = isinstance(inputs, torch.Tensor | np.ndarray | Mapping | str)
-    if inputs is not None and (single or not isinstance(inputs, Iterable)):
+    if inputs is not None and (single or not _is_read(inputs)):
         raise SearchError(f"inputs= is a {type(inputs).__name__}: give a list of batches, [inputs] for one")
 
 
@@ -125,7 +125,7 @@ def check_objective(objective: Any) -> None:
 
 def _first(name: str, pairs: Any) -> Any:
     """Return the first batch; every generator is left as it was."""
-    if not isinstance(pairs, Iterable):
+    if not _is_read(pairs):
         raise SearchError(f"{name}={pairs!r}: give a DataLoader, or a list of pairs (inputs, targets)")
     generators = [(one, one.get_state()) for one in generators_of(pairs)]
     try:
@@ -142,3 +142,8 @@ def _first(name: str, pairs: Any) -> Any:
         for generator, state in generators:
             generator.set_state(state)
     raise SearchError(f"{name} has no batch; give one that holds some")
+
+
+def _is_read(things: Any) -> bool:
+    """Say whether a for loop may read something."""
+    return hasattr(type(things), "__iter__") or hasattr(type(things), "__getitem__")
