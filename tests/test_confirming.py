@@ -169,6 +169,19 @@ def test_where_the_best_uniform_plan_fails_the_next_is_the_reference() -> None:
     assert result.confirmation[result.chosen].beats
 
 
+def test_where_every_uniform_plan_fails_alike_the_best_mix_is_taken() -> None:
+    def uniform(params: Any, seed: int) -> bool:
+        return len(methods_of(params)) == 1
+
+    objective = Fragile(uniform)
+    result = normsearch.search(network(), objective, **OPTIONS)
+    assert [row.uniform for row in result.confirmation] == [None] * 3
+    assert result.confirmation[result.chosen].mean > 1
+    failed = [number for number, seed in objective.again if seed == 1][:4]
+    # Beside the uniform plan, the mixes of the first round were run: not all plans fail.
+    assert len(failed) == 4
+
+
 def test_without_confirmation_a_plan_whose_training_fails_is_out_too() -> None:
     def any_seed(params: Any, seed: int) -> bool:
         return planted(params, 2)
@@ -201,12 +214,12 @@ def test_plans_that_all_fail_alike_are_named() -> None:
     with pytest.raises(SearchError) as caught:
         normsearch.search(network(), objective, **OPTIONS)
     assert re.match(
-        r"all of the 3 plans that were run again failed alike: the plan of trial \d+ failed when it was run "
+        r"all of the 4 plans that were run again failed alike: the plan of trial \d+ failed when it was run "
         r"again with seed 1 \(ValueError: diverged\); .*mend the objective and go on with the same call",
         str(caught.value),
     )
     assert isinstance(caught.value.__cause__.__cause__, ValueError)  # type: ignore[union-attr]
-    assert len(objective.again) == 3
+    assert len(objective.again) == 4
 
 
 def test_where_every_plan_fails_in_a_way_of_its_own_none_is_left() -> None:

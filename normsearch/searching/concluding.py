@@ -141,34 +141,51 @@ class Conclusion:
         cause: Exception | None = None
         while True:
             given = self._candidates(confirm, top, cause)
-            wanted = {_key(one, seed) for seed in self._seeds(confirm) for one in given} if confirm else set()
-            stage = Stage("confirming", len(wanted), on_progress, done=len(wanted & self._scores().keys()))
             try:
-                chosen, rows = self._decided(given, confirm, stage)
+                chosen, rows = self._decided(given, confirm, on_progress)
                 _, model = self._again(given[chosen], self._seeds(confirm)[0], keep=True)
             except _PlanFailedError as error:
                 cause = error
-                stage.advance(str(error), done=len(wanted & self._scores().keys()))
                 continue
             assert model is not None
             return self._kept(given, chosen, rows, model)
 
-    def _decided(self, given: list[Candidate], confirm: int, stage: Stage) -> tuple[int, list[Confirmed]]:
-        """Return which plan to take, and why."""
-        maximize = self._sign() > 0
+    def _decided(
+        self, given: list[Candidate], confirm: int, on_progress: OnProgress | None
+    ) -> tuple[int, list[Confirmed]]:
+        """Return which plan to take, and why.
+
+        Raises:
+            SearchError: a plan failed; the others have been run with that seed too.
+
+        """
         if not confirm:
             return max(range(len(given)), key=lambda i: (self._sign() * given[i].value, -i)), []
-
-        def score(candidate: Candidate, seed: int) -> float:
-            known = self._scores().get(_key(candidate, seed))
-            if known is not None:
-                return known
-            found = self.confirm(candidate, seed)
-            stage.advance(f"trial {candidate.number}, seed {seed}: {found:.4g}")
-            return found
-
-        samples = self.objective.confirmed_on() if isinstance(self.objective, Task) else None
-        return decide(given, score, self._seeds(confirm), maximize=maximize, samples=samples)
+        seeds, known = self._seeds(confirm), self._scores()
+        left = [(seed, [one for one in given if _key(one, seed) not in known]) for seed in seeds]
+        pending = sum(len(several) for _, several in left)
+        total = confirm * len(given)
+        stage = Stage("confirming", total, on_progress, done=total - pending)
+        for seed, several in left:
+            failed: _PlanFailedError | None = None
+            for one in several:
+                try:
+                    stage.advance(f"trial {one.number}, seed {seed}: {self.confirm(one, seed):.4g}")
+                except _PlanFailedError as error:
+                    failed = error
+                    stage.advance(str(error))
+            if failed is not None:
+                raise failed
+        found, samples = self._scores(), None
+        if isinstance(self.objective, Task):
+            samples = self.objective.confirmed_on()
+        return decide(
+            given,
+            lambda one, seed: found[_key(one, seed)],
+            seeds,
+            maximize=self._sign() > 0,
+            samples=samples,
+        )
 
     def _kept(
         self, given: list[Candidate], chosen: int, rows: list[Confirmed], model: nn.Module
@@ -204,12 +221,12 @@ class Conclusion:
         out = failures(self.memory)
         wanted = top if confirm else 1
         found = candidates(self.study, self.space, wanted + len(out), self.memory.prior())
-        mixes = [one for one in found if one.uniform is None and one.number not in out][:wanted]
-        given = [*self._uniform(found, out), *mixes]
-        seed = self._seeds(confirm)[0]
-        same = {failure.reason for failure in out.values() if failure.seed == seed}
-        alike = len(out) >= _SAME_FAILURES and len(same) == 1 and not self._scores()
-        if alike or not given:
+        mixes = [one for one in found if one.uniform is None]
+        given = [*self._uniform(found, out), *[one for one in mixes if one.number not in out][:wanted]]
+        first = [*[one for one in found if one.uniform is not None], *mixes[:wanted]]
+        alike = len({failure.reason for failure in out.values()}) == 1 and not self._scores()
+        same = alike and len(out) >= _SAME_FAILURES and all(one.number in out for one in first)
+        if same or not given:
             raise SearchError(_failed(out, left=len(given))) from cause
         return given
 
