@@ -160,9 +160,10 @@ class Confirming(Strict):
 
 
 class Confirmed(Strict):
-    """What a plan scored under another seed."""
+    """What a plan scored under another seed, or why it failed; neither where it was not run any more."""
 
-    score: float
+    score: float | None
+    error: Text | None = None
 
 
 class Concluding(Strict):

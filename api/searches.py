@@ -69,8 +69,8 @@ def search(run: Run) -> None:
         trials = prepared.trials
         run.log(f"prepared; {trials} trials over {len(prepared.study.choices)} choices")
     _have_done(run, "trial", ["{}"] * trials)
-    scores = _confirmed(run, asked, files) if asked.confirm else {}
-    study = run.lasting(lambda: studies.told(run.job.id, json.dumps(scores)))
+    again = _confirmed(run, asked, files) if asked.confirm else {}
+    study = run.lasting(lambda: studies.told(run.job.id, again))
     concluding = Concluding(search=asked, study=study)
     with run.child("conclude", concluding, Found, files) as finished, ExitStack() as stack:
         made = finished.result
@@ -85,17 +85,25 @@ def search(run: Run) -> None:
         run.publish(keep)
 
 
-def _confirmed(run: Run, asked: Searching, files: dict[str, Path]) -> dict[str, float]:
-    """Have the best plans run again, and return their scores by trial and seed."""
+def _confirmed(run: Run, asked: Searching, files: dict[str, Path]) -> dict[str, Any]:
+    """Have the best plans run again; return their scores by trial and seed, and why some failed.
+
+    Those that take the place of one that failed are run again by the process that concludes.
+    """
     listing = Listing(search=asked, study=run.lasting(lambda: _studies(run).told(run.job.id)))
     with run.child("pairs", listing, Listed, files) as finished:
         pairs = finished.result.pairs
     run.log(f"{len(pairs)} runs confirm the best plans")
     done = _have_done(run, "confirm", [pair.model_dump_json() for pair in pairs])
-    return {
-        f"{pair.number}/{pair.seed}": Confirmed.model_validate_json(text).score
-        for pair, text in zip(pairs, done, strict=True)
-    }
+    scores: dict[str, float] = {}
+    failures: dict[str, dict[str, Any]] = {}
+    for pair, text in zip(pairs, done, strict=True):
+        found = json.loads(text)
+        if found.get("error") is not None:
+            failures.setdefault(str(pair.number), {"seed": pair.seed, "reason": found["error"]})
+        elif found.get("score") is not None:
+            scores[f"{pair.number}/{pair.seed}"] = found["score"]
+    return {"confirmation": scores, "failures": failures}
 
 
 def explore(run: Run) -> None:
@@ -131,9 +139,6 @@ def _have_done(run: Run, stage: str, parts: list[str]) -> list[str]:
         if stage == "trial":
             _refuse_failures(done)
         if len(done) == len(parts):
-            for one in done:
-                if stage != "trial" and "problem" in one:
-                    raise ProblemError.of(one["problem"])
             return [str(row.result) for row in rows]
         if run.cancelled.wait(_LOOK):
             run.check()
@@ -245,14 +250,24 @@ def _try(run: Run, part: sa.Row[Any], asked: Searching, files: dict[str, Path]) 
 
 
 def _confirm(run: Run, part: sa.Row[Any], asked: Searching, files: dict[str, Path]) -> str:
-    """Run a plan again."""
+    """Run a plan again, unless it has failed with another seed."""
     pair = Pair.model_validate_json(str(part.asked))
+    if pair.number in _out(run):
+        return Confirmed(score=None).model_dump_json()
     study = run.lasting(lambda: _studies(run).told(run.job.id))
     confirming = Confirming(search=asked, study=study, pair=pair)
     with run.child("confirm", confirming, Confirmed, files, lambda _: None) as finished:
         found = finished.result
-    run.log(f"trial {pair.number} with seed {pair.seed}: {found.score:.4g}")
+    said = f"failed: {found.error}" if found.score is None else f"{found.score:.4g}"
+    run.log(f"trial {pair.number} with seed {pair.seed}: {said}")
     return found.model_dump_json()
+
+
+def _out(run: Run) -> set[int]:
+    """Return the trials whose plans failed when they were run again."""
+    rows = [row for row in _rows(run, "confirm") if row.result is not None]
+    failed = [row for row in rows if json.loads(row.result).get("error") is not None]
+    return {Pair.model_validate_json(str(row.asked)).number for row in failed}
 
 
 #: What is done of a search in parts, in order.

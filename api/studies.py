@@ -8,6 +8,7 @@ see copies.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,14 +81,14 @@ class Studies:
             study = self._known(job)
             return None if study is None else int(study.user_attrs[_WHOLE]["trials"])
 
-    def told(self, job: str, confirmation: str | None = None) -> StudyOf:
-        """Return a study as plain data, with the scores of what was run again as JSON."""
+    def told(self, job: str, again: Mapping[str, Any] | None = None) -> StudyOf:
+        """Return a study as plain data, with what it is to remember of plans that were run again."""
         with _answering():
             study = self._study(job)
             attributes = dict(study.user_attrs)
             whole = attributes.pop(_WHOLE)
-            if confirmation is not None:
-                attributes["normsearch:confirmation"] = confirmation
+            for name, value in (again or {}).items():
+                attributes[f"normsearch:{name}"] = json.dumps(value)
             return StudyOf(
                 directions=[direction.name.lower() for direction in study.directions],
                 attributes=attributes,

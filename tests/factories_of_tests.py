@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def small() -> nn.Module:
@@ -21,6 +22,21 @@ def digits() -> nn.Module:
         nn.Flatten(),
         nn.Linear(16 * 16, 10),
     )
+
+
+class Fragile(nn.Sequential):
+    """Fails with the second seed of a search's confirmation where the first site has GroupNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.initial_seed() == 2 and isinstance(self[1], nn.GroupNorm):
+            raise ValueError("diverged")
+        y: Tensor = super().forward(x)
+        return y
+
+
+def fragile() -> nn.Module:
+    """``digits``, that fails."""
+    return Fragile(*digits())  # type: ignore[misc]
 
 
 def crepe() -> nn.Module:

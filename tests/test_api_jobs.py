@@ -23,7 +23,7 @@ import normsearch
 from api.database import JOBS
 from normsearch.reporting import Document, Summary
 
-FACTORIES = {"digits": "factories_of_tests:digits"}
+FACTORIES = {"digits": "factories_of_tests:digits", "fragile": "factories_of_tests:fragile"}
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +245,37 @@ class TestSearches:
         kinds = {section["kind"] for section in json.loads(made["report"])["sections"]}
         assert {"search", "scores", "chosen", "trials"} <= kinds
         assert job["log"][0]["text"].startswith("prepared; 3 trials")
+
+    def test_a_plan_that_fails_when_it_is_run_again_does_not_fail_the_job(
+        self, client: TestClient, network: torch.nn.Module, dataset: str
+    ) -> None:
+        buffer = io.BytesIO()
+        torch.save(network.state_dict(), buffer)
+        upload = uploaded(client, "fragile.pth", buffer.getvalue())
+        model = client.post("/v1/models", json={"upload": upload, "architecture": "factories/fragile"})
+        body = {
+            "model": model.json()["id"],
+            "dataset": dataset,
+            "methods": ["batch", "group"],
+            "trials": 4,
+            "recipe": {"steps": 2, "batch_size": 8},
+            "veto": None,
+            "confirm": 3,
+        }
+        job = ended(client, posted(client, "/v1/searches", body))
+        made = artifacts(client, job)
+        # The plans with GroupNorm first are out; both others were run again with every seed.
+        assert [len(row["scores"]) for row in job["result"]["confirmation"]] == [3, 3]
+        assert job["result"]["confirmation"][0]["uniform"] == "batch"
+        notes = json.loads(made["report"])["sections"][-1]["notes"]
+        failed = [note["text"] for note in notes if "was left out: ValueError: diverged" in note["text"]]
+        assert failed
+        said = [line["text"] for line in job["log"]]
+        assert any("with seed 2: failed: ValueError: diverged" in text for text in said)
+        # Its other seeds are not run.
+        assert not any(
+            text.startswith("trial") and f"{failed[0].split()[4]} with seed 3" in text for text in said
+        )
 
     @pytest.mark.parametrize(
         ("changed", "words"),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from searched import OPTIONS, network, pairs, task
+from searched import OPTIONS, Planted, network, pairs, task
 from torch import Tensor, nn
 
 import normsearch
 from normsearch.errors import SearchError
-from normsearch.searching import (
-    accuracy,
-)
+from normsearch.reporting import sections
+from normsearch.searching import Search, accuracy
 from normsearch.searching.confirming import Candidate, decide
 
 
@@ -102,15 +103,133 @@ def test_a_gain_of_one_sample_is_no_gain_however_well_seeds_agree() -> None:
         )
 
 
-def test_a_plan_that_fails_in_the_confirmation_is_named() -> None:
-    calls = 0
+class Fragile(Planted):
+    """Planted, but the networks of some plans fail when they are run again."""
 
+    def __init__(self, *fails: Any) -> None:
+        super().__init__()
+        self.fails = fails
+        self.again: list[tuple[int, int]] = []
+
+    def confirm(self, model: nn.Module, trial: Any) -> float:
+        score = self(model, trial)
+        self.again.append((trial.number, torch.initial_seed()))
+        for fails in self.fails:
+            if fails(trial.params, torch.initial_seed()):
+                raise ValueError("diverged")
+        return score + 0.01 * float(torch.rand(()))
+
+
+def methods_of(params: Any) -> set[str]:
+    return set(params.values())
+
+
+def planted(params: Any, seed: int) -> bool:
+    return list(params.values()) == ["group", "instance", "batch", "group"] and seed == 2
+
+
+def test_a_plan_that_fails_when_it_is_run_again_is_out_and_the_next_takes_its_place(tmp_path: Path) -> None:
+    kept = {"storage": tmp_path / "study.journal", "name": "s"}
+    told: list[str] = []
+    objective = Fragile(planted)
+    result = normsearch.search(
+        network(),
+        objective,
+        **OPTIONS | {"confirm": 3},
+        **kept,
+        on_progress=lambda step: told.append(step.detail),
+    )
+    failed = next(t.number for t in result.study.trials if planted(t.params, 2))
+    # Its last seed is not run, and three other mixes are confirmed beside the best uniform plan.
+    assert [seed for number, seed in objective.again if number == failed] == [1, 2]
+    assert failed not in [row.number for row in result.confirmation]
+    assert [row.uniform is None for row in result.confirmation] == [False, True, True, True]
+    assert result.confirmation[result.chosen].mean > 0.75
+    said = f"the plan of trial {failed} failed when it was run again with seed 2 (ValueError: diverged)"
+    assert f"{said} and is out" in told
+    notes = result.report().section(sections.Notes)
+    assert notes is not None
+    assert any(f"The plan of trial {failed} failed" in note.text for note in notes.notes)
+    # A mended objective runs it again: nothing else, but for the plan that is returned.
+    objective.fails, objective.again = (), []
+    mended = normsearch.search(network(), objective, **OPTIONS | {"confirm": 3}, **kept)
+    assert objective.again == [(failed, 2), (failed, 3), (failed, 1)]
+    assert mended.candidates[mended.chosen].number == failed
+
+
+def test_where_the_best_uniform_plan_fails_the_next_is_the_reference() -> None:
+    def all_group(params: Any, seed: int) -> bool:
+        return methods_of(params) == {"group"}
+
+    result = normsearch.search(network(), Fragile(all_group), **OPTIONS)
+    scores = {t.number: t.value for t in result.study.trials if len(methods_of(t.params)) == 1}
+    assert sorted(scores.values()) == [0.25, 0.25, 0.5]
+    assert result.confirmation[0].uniform == "batch"
+    assert result.confirmation[0].searched == 0.25
+    assert result.confirmation[result.chosen].beats
+
+
+def test_where_every_uniform_plan_fails_alike_the_best_mix_is_taken() -> None:
+    def uniform(params: Any, seed: int) -> bool:
+        return len(methods_of(params)) == 1
+
+    objective = Fragile(uniform)
+    result = normsearch.search(network(), objective, **OPTIONS)
+    assert [row.uniform for row in result.confirmation] == [None] * 3
+    assert result.confirmation[result.chosen].mean > 1
+    failed = [number for number, seed in objective.again if seed == 1][:4]
+    # Beside the uniform plan, the mixes of the first round were run: not all plans fail.
+    assert len(failed) == 4
+
+
+def test_without_confirmation_a_plan_whose_training_fails_is_out_too() -> None:
+    def any_seed(params: Any, seed: int) -> bool:
+        return planted(params, 2)
+
+    result = normsearch.search(network(), Fragile(any_seed), **OPTIONS | {"confirm": 0})
+    assert not planted(result.params, 2)
+    assert result.candidates[result.chosen].value == 0.75
+
+
+def test_unconfirmed_lists_no_plan_that_failed() -> None:
+    run = Search(network(), Fragile(planted), methods=["batch", "group", "instance"], n_trials=25)
+    run.optimize()
+    pairs = run.unconfirmed(confirm=2, top=2)
+    assert len(pairs) == 6
+    failed = next(pair for pair in pairs if planted(pair[0].params, pair[1]))
+    with pytest.raises(SearchError, match="failed when it was run again with seed 2"):
+        run.confirm(*failed)
+    left = run.unconfirmed(confirm=2, top=2)
+    assert failed[0].number not in {candidate.number for candidate, _ in left}
+    assert len({candidate.number for candidate, _ in left}) == 3
+    # Asked of it again, nothing is run.
+    with pytest.raises(SearchError, match="failed when it was run again with seed 2"):
+        run.confirm(*failed)
+    run.forget_failures()
+    assert failed in run.unconfirmed(confirm=2, top=2)
+
+
+def test_plans_that_all_fail_alike_are_named() -> None:
+    objective = Fragile(lambda params, seed: True)
+    with pytest.raises(SearchError) as caught:
+        normsearch.search(network(), objective, **OPTIONS)
+    assert re.match(
+        r"all of the 4 plans that were run again failed alike: the plan of trial \d+ failed when it was run "
+        r"again with seed 1 \(ValueError: diverged\); .*mend the objective and go on with the same call",
+        str(caught.value),
+    )
+    assert isinstance(caught.value.__cause__.__cause__, ValueError)  # type: ignore[union-attr]
+    assert len(objective.again) == 4
+
+
+def test_where_every_plan_fails_in_a_way_of_its_own_none_is_left() -> None:
     def objective(model: nn.Module, trial: Any) -> float:
-        nonlocal calls
-        calls += 1
-        if calls > 5:
-            raise ValueError("flaky")
+        if torch.initial_seed() > 0:
+            raise ValueError(f"flaky {trial.number}")
         return 1.0
 
-    with pytest.raises(SearchError, match=r"failed when it was run again with seed 1 .*flaky"):
-        normsearch.search(network(), objective, **OPTIONS | {"n_trials": 5})
+    few = {"methods": ["batch", "group"], "sites": ["[ab].*"], "n_trials": 4, "confirm": 2}
+    with pytest.raises(
+        SearchError, match=r"no plan is left: .*seed 1 \(ValueError: flaky 0\).*; and 1 more; mend"
+    ):
+        normsearch.search(network(), objective, **few)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import multiprocessing
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -15,15 +20,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import normsearch
-from normsearch.errors import SearchError
+from normsearch.errors import ModelError, SearchError
 from normsearch.searching import (
     BatchIndependent,
+    LeaseTerms,
     MaxDrop,
     MaxLatency,
     MaxMemory,
     Search,
     join,
+    open_storage,
+    workers,
 )
+from normsearch.searching.findings import Findings
 
 
 def trials(study: optuna.Study) -> list[tuple[Any, ...]]:
@@ -123,6 +132,120 @@ def test_ask_and_tell() -> None:
         run.optimize()
 
 
+def asking(tmp_path: Path, **changes: Any) -> Search:
+    kept = {"storage": tmp_path / "study.journal", "name": "s"}
+    return Search(network(), Planted(), methods=["batch", "group"], n_trials=5, **kept, **changes)
+
+
+def test_a_trial_that_was_asked_for_is_left_alone_until_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = LeaseTerms(beat=0.05, patience=0.5)
+    monkeypatch.setattr("normsearch.searching.asking._TERMS", terms)
+    run = asking(tmp_path)
+    trial = run.ask()
+    worker = threading.Thread(
+        target=join,
+        args=(network(), Planted()),
+        kwargs={"storage": tmp_path / "study.journal", "name": "s", "terms": terms},
+        daemon=True,
+    )
+    worker.start()
+    end = time.monotonic() + 30
+    while sum(t.state.is_finished() for t in run.study.get_trials(deepcopy=False)) < 4:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    # The worker waits for the last one, far longer than a process is given up after.
+    time.sleep(1.5)
+    assert run.study.trials[trial.number].state == TrialState.RUNNING
+    assert worker.is_alive()
+    run.tell(trial, 0.5)
+    worker.join(30)
+    assert not worker.is_alive()
+    assert [t.state for t in run.study.trials] == [TrialState.COMPLETE] * 5
+    assert run.study.trials[trial.number].value == 0.5
+
+
+def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
+    run = asking(tmp_path)
+    for nothing in (None, 0):
+        with pytest.raises(SearchError, match=f"trial={nothing!r}: give a trial that ask returned"):
+            run.tell(nothing, 0.5)  # type: ignore[arg-type]
+        with pytest.raises(SearchError, match="give a trial that ask returned"):
+            run.plan(nothing)  # type: ignore[arg-type]
+    trial = run.ask()
+    for values, said in ((float("nan"), "finite"), ("good", "returned str"), ([0.1, 0.2], "2 numbers for 1")):
+        with pytest.raises(SearchError, match=said):
+            run.tell(trial, values)  # type: ignore[arg-type]
+    # It can still be told.
+    run.tell(trial, 0.5)
+    with pytest.raises(SearchError, match=r"trial 0 is finished already \(complete\); ask for another one"):
+        run.tell(trial, 0.5)
+    with pytest.raises(SearchError, match=r"trial 0 is finished already"):
+        run.resume(0)
+    failed = run.ask()
+    failed.set_user_attr("error", "out of patience")
+    run.tell(failed, None)
+    assert run.study.trials[1].state == TrialState.FAIL
+    other = Search(network(), None, methods=["batch", "group"], n_trials=5)
+    other.ask(), other.ask(), run.ask()
+    with pytest.raises(SearchError, match="trial 2 of 'normsearch' is not of this search"):
+        run.tell(other.ask(), 0.5)
+    twin = Search(network(), None, methods=["batch", "group"], n_trials=5)
+    with pytest.raises(SearchError, match="trial 0 is another's by now"):
+        other.tell(twin.ask(), 0.5)
+
+
+def test_a_trial_belongs_to_who_resumed_it_last(tmp_path: Path) -> None:
+    first, second = asking(tmp_path), asking(tmp_path)
+    trial = first.ask()
+    again = second.resume(trial.number)
+    assert again.params == trial.params
+    with pytest.raises(SearchError, match="trial 0 is another's by now"):
+        first.tell(trial, 0.5)
+    second.tell(again, 0.75)
+    with pytest.raises(SearchError, match="trial 0 is finished already"):
+        first.tell(trial, 0.5)
+
+
+def test_trials_that_were_asked_for_and_not_told_are_run(tmp_path: Path) -> None:
+    run = asking(tmp_path)
+    trial = run.ask()
+    run.optimize()
+    assert run.study.trials[trial.number].params == trial.params
+    assert [t.state for t in run.study.trials] == [TrialState.COMPLETE] * 5
+
+
+def test_a_trial_of_a_process_that_ended_is_asked_for_again(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=ask_and_end, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    run = asking(tmp_path)
+    assert run.study.trials[0].state == TrialState.RUNNING
+    assert run.ask().number == 0
+
+
+def ask_and_end(folder: Path) -> None:
+    asking(folder).ask()
+
+
+def test_leases_end_with_their_search() -> None:
+    def renewing() -> int:
+        return sum(thread.name.startswith("lease") for thread in threading.enumerate())
+
+    before = renewing()
+    run = Search(network(), None, methods=["batch", "group"], n_trials=5)
+    run.ask(), run.ask()
+    assert renewing() == before + 2
+    del run
+    gc.collect()
+    end = time.monotonic() + 10
+    while renewing() > before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
@@ -186,6 +309,40 @@ def test_a_worker_waits_until_trials_begin_and_then_joins(tmp_path: Path) -> Non
         join(network(), Planted(), storage=optuna.storages.InMemoryStorage(), name="s")
 
 
+@pytest.mark.parametrize("holds", ["trials", "attributes"])
+def test_a_study_of_others_is_left_alone(tmp_path: Path, holds: str) -> None:
+    path = tmp_path / "study.journal"
+    study = optuna.create_study(study_name="s", storage=open_storage(path), direction="maximize")
+    if holds == "trials":
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    else:
+        study.set_user_attr("owner", "somebody")
+    before = path.read_bytes()
+    said = r"'s' is no search of normsearch: it has \d trials and no settings.*; give the search another name"
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(network(), Planted(), **OPTIONS, storage=path, name="s")
+    with pytest.raises(SearchError, match=said):
+        join(network(), Planted(), storage=path, name="s")
+    with pytest.raises(SearchError, match=said):
+        Findings.of_study(network(), storage=path, name="s")
+    assert path.read_bytes() == before
+
+
+def test_a_worker_does_not_wait_for_a_study_that_no_search_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "study.journal"
+    optuna.create_study(study_name="s", storage=open_storage(path))
+    monkeypatch.setattr(workers, "_GRACE", 0.1)
+    with pytest.raises(SearchError, match="'s' is empty: no search has begun there; start it first"):
+        join(network(), Planted(), storage=path, name="s")
+    # Empty, it may become one, of its own direction.
+    with pytest.raises(SearchError, match="'s' was made to minimize, now it is to maximize"):
+        normsearch.search(network(), Planted(), **OPTIONS, storage=path, name="s")
+    optuna.create_study(study_name="t", storage=open_storage(path), direction="maximize")
+    normsearch.search(network(), Planted(), **OPTIONS | {"n_trials": 4}, storage=path, name="t")
+
+
 def test_a_study_is_not_gone_on_with_for_another_network_or_task(tmp_path: Path) -> None:
     kept = {"storage": tmp_path / "study.journal", "name": "s", "n_trials": 3, "confirm": 1}
     few = {"methods": ["batch", "group"], **kept}
@@ -201,9 +358,38 @@ def test_a_study_is_not_gone_on_with_for_another_network_or_task(tmp_path: Path)
         normsearch.search(network(), task(loss=F.nll_loss), **few)
     with pytest.raises(SearchError, match="other the original's score"):
         normsearch.search(network(), task(validation=pairs(4, 7)), **few)
+    with pytest.raises(
+        SearchError, match=r"other training data \(4 batches, first \w+, now 3 batches, first"
+    ):
+        normsearch.search(network(), task(train=pairs(4)[:3]), **few)
+    with pytest.raises(SearchError, match="other training data"):
+        normsearch.search(network(), task(train=pairs(4, 8)), **few)
+    with pytest.raises(SearchError, match="other training data"):
+        join(network(), task(train=pairs(4, 8)), storage=kept["storage"], name="s")
+    # Those of earlier versions know nothing of it.
+    run = Search(network(), task(), methods=["batch", "group"], n_trials=3, storage=kept["storage"], name="s")
+    run.memory.keep(
+        "identity", {k: v for k, v in run.memory.read("identity").items() if k != "training data"}
+    )
+    normsearch.search(network(), task(train=pairs(4, 8)), **few)
     normsearch.search(network(), Planted(), **few | {"name": "t"})
     with pytest.raises(SearchError, match="other objective"):
         normsearch.search(network(), lambda model, trial: 0.0, **few | {"name": "t"})
+
+
+def test_a_loader_is_known_by_its_size(tmp_path: Path) -> None:
+    def loader(count: int) -> Any:
+        return torch.utils.data.DataLoader(
+            [pair for b in pairs(count) for pair in zip(*b, strict=True)], 8, shuffle=True
+        )
+
+    kept = {"storage": tmp_path / "study.journal", "name": "s", "n_trials": 3, "confirm": 1}
+    few = {"methods": ["batch", "group"], **kept}
+    normsearch.search(network(), task(train=loader(4)), **few)
+    normsearch.search(network(), task(train=loader(4)), **few)
+    said = r"other training data \(4 batches, 32 samples, now 3 batches, 24 samples\)"
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(network(), task(train=loader(3)), **few)
 
 
 def test_a_search_that_failed_goes_on_when_the_objective_is_mended(tmp_path: Path) -> None:
@@ -230,6 +416,16 @@ def test_a_search_that_failed_goes_on_when_the_objective_is_mended(tmp_path: Pat
         ({"confirm": 2.0}, "confirm=2.0"),
         ({"top": 0}, "top=0"),
         ({"seed": "a"}, "seed='a'"),
+        ({"seed": 2**63}, r"seed=9223372036854775808: give at most 4611686018427387904"),
+        ({"inputs": INPUTS}, r"inputs= is a Tensor: give a list of batches, \[inputs\] for one"),
+        ({"inputs": 5}, "inputs= is a int: give a list of batches"),
+        ({"storage": 5}, "storage=5: give a path"),
+        ({"on_progress": 5}, "on_progress=5: give a function"),
+        ({"directions": None}, "directions=None: give 'maximize'"),
+        ({"costs": None}, "costs=None: give a list"),
+        ({"constraints": MaxDrop(0.1)}, r"constraints=MaxDrop\(.*\): give a list"),
+        ({"sampler": 5}, "sampler=5: give a name"),
+        ({"sites": 5}, "sites=5: give glob patterns"),
         ({"veto": float("nan")}, "veto=nan"),
         ({"methods": None}, "methods=None"),
         ({"sites": [1]}, r"sites=\[1\]"),
@@ -239,8 +435,41 @@ def test_a_search_that_failed_goes_on_when_the_objective_is_mended(tmp_path: Pat
     ],
 )
 def test_arguments_of_other_kinds(arguments: dict[str, Any], said: str) -> None:
+    objective = Planted()
     with pytest.raises(SearchError, match=said):
-        normsearch.search(network(), Planted(), **OPTIONS | arguments)
+        normsearch.search(network(), objective, **OPTIONS | arguments)
+    # Before anything is run.
+    assert not objective.calls
+
+
+def test_numpys_whole_numbers_are_whole_numbers(tmp_path: Path) -> None:
+    kept = {"storage": tmp_path / "study.journal", "name": "s"}
+    one, four = np.int64(1), np.int64(4)
+    given: Any = {"n_trials": four, "seed": one, "confirm": one, "top": one}
+    result = normsearch.search(network(), Planted(), methods=["batch", "group"], **given, **kept)
+    assert len(result.study.trials) == 4
+    normsearch.search(
+        network(), Planted(), methods=["batch", "group"], n_trials=4, seed=1, confirm=1, top=1, **kept
+    )
+
+
+def test_patterns_may_come_from_a_generator() -> None:
+    run = Search(network(), None, methods=["batch", "group"], sites=(f"{name}.1" for name in "ab"))
+    assert list(run.space.allowed) == ["a.1", "b.1"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_models_that_cannot_be_searched_are_named() -> None:
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    part = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), torch.jit.script(nn.ReLU()))
+    for model, said in (
+        (lazy, "run one forward pass first"),
+        (part, "2 is compiled TorchScript.*; give the nn.Module that it was made from"),
+        (torch.jit.script(part), "the model is compiled TorchScript"),
+        (5, "expected a torch.nn.Module, got int"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            Search(model, None)  # type: ignore[arg-type]
 
 
 def test_what_was_refused_does_not_bind_a_name(tmp_path: Path) -> None:

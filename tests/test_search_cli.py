@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import normsearch
 from normsearch.cli import app
 from normsearch.commands import searching as commands
-from normsearch.reporting import Document, search_sections
+from normsearch.reporting import Document, search_sections, sections
 from normsearch.searching import open_storage
 from normsearch.searching.costs import COSTS
 from normsearch.searching.preparing import VETO
@@ -68,6 +68,25 @@ def slow():
             time.sleep(0.3)
         return objective(model, trial)
     return network(), score
+
+class Noisy:
+    def __call__(self, model, trial):
+        return self.confirm(model, trial) + (trial.number == 6)
+    def confirm(self, model, trial):
+        return objective(model, trial)
+
+def noisy():
+    return network(), Noisy()
+
+def loud():
+    print("loading")
+    def score(model, trial):
+        print("epoch 1")
+        return objective(model, trial)
+    return network(), score
+
+def rated():
+    return network(), lambda model, trial: objective(model, trial) - trial.suggest_float("lr", 0, 1)
 
 def both():
     return network(), lambda model, trial: (objective(model, trial), 1.0)
@@ -179,6 +198,79 @@ def test_a_named_file_has_the_others_beside_it(folder: Path) -> None:
     after = load_file(folder / names[0])
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_status_tells_what_was_confirmed_until_further_trials_finish(folder: Path) -> None:
+    words = ["--task", "mytask:noisy", "--methods", "batch,group"]
+    found = json.loads(
+        cli("search", *words, "--trials", "8", "--confirm", "3", "--json", "-o", "found").stdout
+    )
+    returned = found["confirmation"][found["chosen"]]
+    told = json.loads(cli("status", *words[:2], "--json", "-o", "s.html").stdout)
+    assert told["confirmation"] == found["confirmation"]
+    assert told["leading"]["trial"] == returned["number"]
+    assert told["plan"] == found["plan"]
+    # The best score of the search was luck, and is not what the search returned.
+    best = max(study_of("mytask.noisy.journal", "mytask.noisy").trials, key=lambda t: t.values[0])
+    assert best.number != returned["number"]
+    said = cli("status", *words[:2]).stdout
+    assert (
+        f"confirmed: all {returned['uniform']}, score {sum(returned['scores']) / 3:.4g} over 3 seeds; "
+        in said
+    )
+    reports = [Document.from_json(Path(name).read_bytes()) for name in ("s.json", "found/report.json")]
+    assert reports[0].sections == reports[1].sections
+    single = cli(
+        "search", *words, "--trials", "8", "--confirm", "1", "--json", "--force", "-o", "found"
+    ).stdout
+    assert "Infinity" not in single
+    assert json.loads(single)["confirmation"][1]["error"] is None
+    study = study_of("mytask.noisy.journal", "mytask.noisy")
+    study.add_trial(study.trials[0])
+    assert "leading, not confirmed: " in cli("status", *words[:2]).stdout
+
+
+def test_what_else_the_objective_suggested_is_told(folder: Path) -> None:
+    words = ["--task", "mytask:rated", *SMALL]
+    found = json.loads(cli("search", *words, "--json", "-o", "found").stdout)
+    study = study_of("mytask.rated.journal", "mytask.rated")
+    lr = study.trials[found["confirmation"][found["chosen"]]["number"]].params["lr"]
+    assert found["params"] == {"lr": lr}
+    assert f"; lr={lr!r}\n" in cli("search", *words, "--force", "-o", "found").stdout
+    assert f"; lr={lr!r}\n" in cli("status", *words[:2]).stdout
+    assert json.loads(cli("status", *words[:2], "--json").stdout)["params"] == {"lr": lr}
+    report = Document.from_json((folder / "found/report.json").read_bytes())
+    notes = report.section(sections.Notes)
+    assert notes is not None
+    assert f"The objective suggested more than the plan; its trial had lr={lr!r}." in [
+        n.text for n in notes.notes
+    ]
+
+
+def test_what_the_task_prints_goes_to_stderr(folder: Path) -> None:
+    (folder / "noisy.py").write_text("print('imported')\nfrom mytask import loud\n")
+    words = ["--task", "noisy:loud", "--study", "s", "--json"]
+    found = cli("search", *words, *SMALL)
+    assert json.loads(found.stdout)["study"] == "s"
+    assert found.stderr.startswith("imported\nloading\n")
+    assert "\nepoch 1\n" in found.stderr
+    assert json.loads(cli("worker", *words).stdout) == {"study": "s", "trials_run": 0}
+    assert json.loads(cli("status", *words).stdout)["states"] == {"complete": 10}
+    sys.modules.pop("noisy")
+
+
+def test_trials_that_wait_beyond_what_was_asked_for_do_not_count(folder: Path) -> None:
+    words = ["--task", "mytask:scored", "--methods", "batch,group,layer"]
+    found = json.loads(cli("search", *words, "--trials", "2", "--confirm", "0", "--json").stdout)
+    study = study_of("mytask.scored.journal", "mytask.scored")
+    assert len(study.trials) > 2
+    assert found["trials"] == 2
+    assert json.loads(cli("status", *words[:2], "--json").stdout)["states"] == {"complete": 2}
+    assert "has 2 trials to run: 2 complete\n" in cli("status", *words[:2]).stdout
+    report = Document.from_json((folder / "mytask.scored/report.json").read_bytes())
+    trials = report.section(search_sections.Trials)
+    assert trials is not None
+    assert len(trials.rows) == 2
 
 
 def test_the_same_command_goes_on(folder: Path) -> None:
@@ -302,6 +394,7 @@ def test_batch_independent_leaves_batch_out(folder: Path) -> None:
 
 ERRORS = (
     ("mytask", "--task 'mytask': give package.module:task"),
+    (":task", "--task ':task': give package.module:task"),
     ("no such:task", "--task 'no such:task': give package.module:task"),
     ("absent_module:task", "cannot import absent_module: ModuleNotFoundError: No module named"),
     ("bad_syntax:task", "cannot import bad_syntax: SyntaxError: "),
@@ -343,6 +436,7 @@ OPTIONS = (
     (["--storage", "mytask.py"], "mytask.py is not a journal of trials"),
     (["--storage", "mysql://u:secret@h/d"], "mysql:// is no storage that normsearch opens"),
     (["--task", "mytask:task", "--methods", "batch,group", "--veto", "0.01"], ONE_PLAN),
+    (["--seed", str(2**63)], "error: --seed 9223372036854775808: give at most 4611686018427387904"),
     (["--study", "../x"], "--study '../x': give a name that a file may have too"),
     (["-o", "absent/deeper/x"], "the folder 'absent/deeper' does not exist; make it first"),
     (["-o", "mytask.py"], "mytask.py is no folder; give one, or NAME.safetensors"),
@@ -355,6 +449,14 @@ def test_options_that_make_no_sense(words: list[str], said: str) -> None:
     result = cli("search", "--task", "mytask:scored", *words, "--trials", "4", code=1)
     assert said in result.stderr
     assert "secret" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, where nobody can write")
+@pytest.mark.parametrize("output", ["/proc/found", "/proc/x.safetensors"])
+def test_what_cannot_be_written_is_said_before_the_task_is_loaded(output: str) -> None:
+    said = cli("search", "--task", "mytask:broken", "-o", output, code=1).stderr
+    assert "nothing can be written into /proc" in said
+    assert said.endswith("(No such file or directory); give another -o\n")
 
 
 def test_usage_errors_have_their_own_exit_code() -> None:

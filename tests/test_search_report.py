@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from rich.console import Console
 from test_report_page import (
     ALLOWED,
     CHROMIUM,
@@ -30,7 +32,7 @@ from normsearch.methods import Refusal
 from normsearch.reporting import Document, search_charts, search_page, sections
 from normsearch.reporting import search_sections as made
 from normsearch.reports import Environment
-from normsearch.searching import MaxDrop, MaxLatency, Search, SearchResult, search_report
+from normsearch.searching import MaxDrop, MaxLatency, Recipe, Search, SearchResult, Task, search_report
 from normsearch.text import visible
 
 METHODS = ["batch", "group", "instance", "switchable"]
@@ -183,7 +185,8 @@ def test_warnings_name_what_a_reader_should_know(found: Document) -> None:
     assert any("Pareto front" in text for text in texts)
     single = searched(n_trials=6, confirm=1, inputs=None)
     without = [note.text for note in part(search_report(single), sections.Notes).notes]
-    assert any("a single seed" in text for text in without)
+    said = "a single seed cannot tell a mix from noise, so the uniform plan is returned; confirm with 2 seeds"
+    assert any(said in text for text in without)
 
     def same(model: nn.Module, trial: Any) -> float:
         return float(len(set(trial.params.values())))
@@ -192,6 +195,51 @@ def test_warnings_name_what_a_reader_should_know(found: Document) -> None:
     told = [note.text for note in part(search_report(split), sections.Notes).notes]
     assert any("on the data that they were chosen by" in text for text in told)
     assert any("Every seed gave the same scores" in text for text in told)
+
+
+def test_a_saturated_score_has_no_effects() -> None:
+    pairs = [(torch.randn(4, 1, 8, 8), torch.zeros(4)) for _ in range(4)]
+    task = Task(
+        train=pairs,
+        validation=pairs,
+        loss=lambda output, target: output.square().mean(),
+        metric=lambda model, given: 1.0,
+        recipe=Recipe(steps=2),
+    )
+    result = normsearch.search(network(), task, methods=METHODS, n_trials=12, confirm=2)
+    # Sensing says something of methods, and no score bears it out.
+    assert result.prior
+    report = result.report()
+    assert {section.kind for section in report.sections}.isdisjoint({"effects", "importances"})
+    told = [note.text for note in part(report, sections.Notes).notes]
+    assert any("or the score cannot tell (it is saturated, for example)" in text for text in told)
+    assert "All trials scored the same: the score tells no method from another." in told
+
+
+# What NumPy says of the surrogate's numbers, which overflow.
+@pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+@pytest.mark.parametrize("size", [1e38, 1e160, -1e160, 1e300])
+@pytest.mark.parametrize("at", [[3], range(100)])
+def test_reports_bear_large_scores(size: float, at: Any) -> None:
+    def objective(model: nn.Module, trial: Any) -> float:
+        return size / (trial.number % 3 + 1) if trial.number in at else float(trial.number % 4)
+
+    report = normsearch.search(network(), objective, methods=METHODS, n_trials=8, confirm=2).report()
+    assert "NaN" not in report.to_json()
+    assert Reader(report.to_html())
+    assert part(report, made.SearchPart).outcome is not None
+
+
+def test_a_single_seed_is_said_to_rule_every_mix_out() -> None:
+    told: list[normsearch.Progress] = []
+    result = searched(n_trials=12, confirm=1, inputs=None, on_progress=told.append)
+    assert told[0].detail.startswith("a single seed cannot tell a mix from noise")
+    page = result.report().to_html()
+    assert ": a single seed cannot tell mixes from noise, so the uniform plan is returned; confirm" in page
+    assert "beyond noise" not in page
+    console = Console(width=150, file=io.StringIO())
+    console.print(result)
+    assert "confirm with 2 seeds or more" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 def test_vetoes_are_shown() -> None:
@@ -203,6 +251,34 @@ def test_vetoes_are_shown() -> None:
     refusals = part(report, sections.Notes).refusals
     assert {refusal.reason for refusal in refusals} == {"alone it moves the output by more than 0.5"}
     assert any(None in row.cells for row in part(report, made.Effects).rows)
+
+
+def test_without_confirmation_no_empty_table_is_printed() -> None:
+    result = searched(n_trials=6, confirm=0, inputs=None)
+    console = Console(width=150, file=io.StringIO())
+    console.print(result)
+    best = result.candidates[result.chosen]
+    name = f"all {best.uniform}" if best.uniform else f"trial {best.number}"
+    assert console.file.getvalue() == f"not confirmed: {name}, {best.value:.4f} in the search\n"  # type: ignore[attr-defined]
+
+
+def test_sites_where_a_veto_would_leave_nothing_are_named() -> None:
+    told: list[str] = []
+    options: dict[str, Any] = {
+        "n_trials": 6,
+        "confirm": 1,
+        "on_progress": lambda step: told.append(step.detail),
+    }
+    result = searched(methods=["group", "instance"], veto=0.01, **options)
+    said = (
+        "t '1', '4', '7', '10' every method moves the output by more than 0.01 alone, so that none is vetoed"
+    )
+    assert any(said in detail for detail in told)
+    assert any(said in note.text for note in part(search_report(result), sections.Notes).notes)
+    told.clear()
+    # BatchNorm is left there.
+    result = searched(methods=["batch", "instance"], veto=0.5, **options)
+    assert not any("every method moves" in detail for detail in told)
 
 
 def test_pruned_and_infeasible_trials_say_why() -> None:

@@ -52,7 +52,9 @@ from normsearch.searching import (
     Task,
     accuracy,
 )
+from normsearch.searching.concluding import failures
 from normsearch.searching.space import METHODS
+from normsearch.searching.trials import finished_trials
 
 _NAME = "search"
 #: Shares of the samples that networks learn from, and that trials are scored on; the rest confirms.
@@ -106,7 +108,10 @@ def confirm(asked: Confirming, folder: Path, report: Report) -> Confirmed:
     _, search = _search(asked.search, asked.study, folder, report)
     for candidate, seed in search.unconfirmed(confirm=asked.search.confirm, top=asked.search.top):
         if (candidate.number, seed) == (asked.pair.number, asked.pair.seed):
-            return Confirmed(score=search.confirm(candidate, seed))
+            try:
+                return Confirmed(score=search.confirm(candidate, seed))
+            except SearchError:
+                return Confirmed(score=None, error=failures(search.memory)[candidate.number].reason)
     raise SearchError(f"the plan of trial {asked.pair.number} is not to be run with seed {asked.pair.seed}")
 
 
@@ -134,7 +139,7 @@ def conclude(asked: Concluding, folder: Path, report: Report) -> Found:
             )
             for row in result.confirmation
         ],
-        trials=len(search.study.get_trials(deepcopy=False)),
+        trials=finished_trials(search.study),
         notes=(*before.notes, *written.notes),
     )
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,18 +14,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normsearch.arguments import split_methods
-from normsearch.checkpoints import save
 from normsearch.commands.options import Force, Json, Title
 from normsearch.commands.running import OUT, fail, following, print_json, progress, refuse_outputs, reported
-from normsearch.commands.tasks import load_task, place, said
-from normsearch.errors import CheckpointError, NormsearchError, SearchError
-from normsearch.files import write_text
-from normsearch.plans import Plan
+from normsearch.commands.search_outputs import (
+    folder_or_weights,
+    places_of,
+    refuse_places,
+    rows_of,
+    told_plan,
+    write_found,
+)
+from normsearch.commands.tasks import check_spelling, load_task, place, said
+from normsearch.errors import NormsearchError, SearchError
 
 # Optuna takes half a second to import: inside the commands, so that --help does not wait for it.
 if TYPE_CHECKING:
-    from normsearch.reporting import Document
-    from normsearch.searching import Constraint, SearchResult
+    from normsearch.searching import Constraint
 
 
 class Direction(StrEnum):
@@ -155,7 +159,11 @@ def search(
         ),
     ] = True,
     confirm: Annotated[
-        int, typer.Option(min=0, help="Fresh seeds that the best plans are run again with.")
+        int,
+        typer.Option(
+            min=0,
+            help="Fresh seeds that the best plans are run again with; 1 cannot tell a mix from noise.",
+        ),
     ] = 5,
     top: Annotated[int, typer.Option(min=1, help="How many mixes are confirmed.")] = 3,
     output: Annotated[
@@ -182,11 +190,12 @@ def search(
         raise typer.BadParameter("give --veto or --no-veto, not both", param_hint="--veto")
     name = _study_name(study, task)
     kept = storage or f"{name}.journal"
-    places = _places(Path(name)) if output is None else _places(_folder_or_weights(output))
+    places = places_of(Path(name)) if output is None else places_of(folder_or_weights(output))
     journal = None if "://" in kept else Path(kept)
-    _refuse(places, journal, force=force)
+    refuse_places(places, journal, force=force)
     from normsearch import searching
     from normsearch.searching.preparing import VETO
+    from normsearch.searching.trials import finished_trials
 
     constraints = _constraints(max_drop, max_latency, max_memory, batch_independent)
     with progress("preparing the task"):
@@ -214,22 +223,23 @@ def search(
         )
     with _kept(kept), progress(f"writing {places[0]}"):
         report = searching.search_report(found, score=_score_of(objective), title=title)
-        _write(found, report, places, force=force)
+        write_found(found, report, places, force=force)
     if as_json:
         print_json(
             {
                 "written": [str(path) for path in places],
                 "study": name,
-                "trials": len(found.study.get_trials(deepcopy=False)),
+                "trials": finished_trials(found.study),
                 "plan": json.loads(found.best.to_json()),
+                "params": found.further,
                 "chosen": found.chosen,
-                "confirmation": [asdict(row) for row in found.confirmation],
+                "confirmation": rows_of(found.confirmation),
                 "same_split": found.same_split,
             }
         )
         return
     OUT.print(found)
-    OUT.print(_said(found.best), highlight=False)
+    OUT.print(told_plan(found.best, found.further), highlight=False, markup=False)
     typer.echo(f"wrote {', '.join(map(str, places))}")
 
 
@@ -319,6 +329,8 @@ def status(
                 "states": counts,
                 "leading": leading,
                 "plan": plan,
+                "params": found.further,
+                "confirmation": rows_of(found.confirmed.values()),
             }
         )
         return
@@ -328,10 +340,14 @@ def status(
         values = ", ".join(
             f"{goal.name} {value:.4g}" for goal, value in zip(found.goals, best.values, strict=True)
         )
-        OUT.print(
-            f"leading, not confirmed: {found.name(best.number)}, {values}", highlight=False, markup=False
-        )
-        OUT.print(_said(found.best_plan), highlight=False)
+        row, name = found.confirmed.get(best.number), found.name(best.number)
+        told = f"leading, not confirmed: {name}, {values}"
+        if row is not None:
+            seeds = f"{len(row.scores)} {'seed' if len(row.scores) == 1 else 'seeds'}"
+            score = f"{found.goals[0].name} {row.mean:.4g} over {seeds}"
+            told = f"confirmed: {name}, {score}; in the search {values}"
+        OUT.print(told, highlight=False, markup=False)
+        OUT.print(told_plan(found.best_plan, found.further), highlight=False, markup=False)
     if places:
         typer.echo(f"wrote {', '.join(map(str, places))}")
 
@@ -354,6 +370,7 @@ def _study_name(study: str | None, task: str) -> str:
         SearchError: it cannot name one.
 
     """
+    check_spelling(task)
     if study is None:
         module, _, function = task.partition(":")
         # Two tasks of one module are two searches.
@@ -363,47 +380,6 @@ def _study_name(study: str | None, task: str) -> str:
     if not name or name != Path(name).name or not name.isprintable() or name.startswith("."):
         raise SearchError(f"--study {name!r}: give a name that a file may have too")
     return name
-
-
-def _folder_or_weights(output: Path) -> Path:
-    """Return ``--output``.
-
-    Raises:
-        CheckpointError: it has the suffix of a file that is not written.
-
-    """
-    if output.suffix not in ("", ".safetensors") and not output.exists():
-        raise CheckpointError(
-            f"-o {output}: weights are written as NAME.safetensors; give that, or a folder, which must exist "
-            f"already if its name ends like a file's ({output.suffix})"
-        )
-    return output
-
-
-def _places(output: Path) -> tuple[Path, Path, Path, Path]:
-    """Return where the weights, the plan and the report's HTML and JSON are written.
-
-    Raises:
-        CheckpointError: the file has another suffix.
-
-    """
-    if output.suffix == ".safetensors" and not output.is_dir():
-        beside = [output.with_name(f"{output.stem}_{rest}") for rest in ("plan.json", "report.html")]
-        return output, beside[0], beside[1], beside[1].with_suffix(".json")
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output} is no folder; give one, or NAME.safetensors")
-    names = ("model.safetensors", "plan.json", "report.html", "report.json")
-    first, second, third, fourth = (output / name for name in names)
-    return first, second, third, fourth
-
-
-def _refuse(places: tuple[Path, ...], journal: Path | None, *, force: bool) -> None:
-    """Raise before any work where the results cannot be written."""
-    folder = places[0].parent
-    if folder.exists():
-        refuse_outputs(places, [journal], force=force)
-    elif not folder.parent.is_dir():
-        raise CheckpointError(f"{folder}: the folder {str(folder.parent)!r} does not exist; make it first")
 
 
 def _constraints(
@@ -423,11 +399,15 @@ def _constraints(
 
 @contextmanager
 def _kept(storage: str) -> Iterator[None]:
-    """Say on Ctrl-C, and where the task or the storage fails, that nothing is lost, and how to go on."""
+    """Say on Ctrl-C, and where the task or the storage fails, that nothing is lost, and how to go on.
+
+    What the task prints goes to stderr, so that stdout holds the command's own words or JSON.
+    """
     # A URL may hold a password.
     where = "the database" if "://" in storage else storage
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except (NormsearchError, OSError, MemoryError):
         raise
     except Exception as error:
@@ -445,21 +425,3 @@ def _kept(storage: str) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"interrupted; everything is kept in {where}: the same command goes on", err=True)
         raise typer.Exit(130) from None
-
-
-def _write(
-    found: SearchResult, report: Document, places: tuple[Path, Path, Path, Path], *, force: bool
-) -> None:
-    weights, plan, page, _ = places
-    weights.parent.mkdir(exist_ok=True)
-    save(found.model, weights, plan=found.best, force=force)
-    write_text(plan, found.best.to_json(), force=force)
-    report.save(page, force=force)
-
-
-def _said(best: Plan) -> str:
-    """Return a plan in a line: what it changes."""
-    counts: dict[str, int] = {}
-    for method in best.values():
-        counts[str(method)] = counts.get(str(method), 0) + 1
-    return "the plan: " + ", ".join(f"{method} at {count}" for method, count in counts.items())

@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,12 @@ _FORM = "give package.module:task, the name of a function that returns (model, o
 _LONGEST = 300
 
 
+def check_spelling(name: str) -> None:
+    """Raise a ``SearchError`` for what cannot name a task."""
+    if _SPELLING.fullmatch(name) is None:
+        raise SearchError(f"--task {name!r}: {_FORM}")
+
+
 def load_task(name: str) -> tuple[nn.Module, Objective]:
     """Import and call the function of a name; return its model and objective.
 
@@ -32,8 +39,7 @@ def load_task(name: str) -> tuple[nn.Module, Objective]:
         SearchError: it is not such a name, cannot be imported, or does not return such a pair.
 
     """
-    if _SPELLING.fullmatch(name) is None:
-        raise SearchError(f"--task {name!r}: {_FORM}")
+    check_spelling(name)
     import_from_here()
     module, _, path = name.partition(":")
     target: Any = _run(f"--task {name}: cannot import {module}", lambda: importlib.import_module(module))
@@ -67,9 +73,10 @@ def _kind(value: Any) -> str:
 
 
 def _run(what: str, run: Callable[[], Any]) -> Any:
-    """Run the user's code; say what it raised, and where, in one line."""
+    """Run the user's code; say what it raised, and where, in one line. What it prints goes to stderr."""
     try:
-        return run()
+        with redirect_stdout(sys.stderr):
+            return run()
     except NormsearchError as error:
         raise SearchError(f"{what}: {error}") from error
     except (Exception, SystemExit) as error:

@@ -25,10 +25,12 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"was made with costs=", "was made with --cost "),
     (r"was made with (methods|sites|sampler|seed|veto|sense)=", r"was made with --\1 "),
     (r"or give another name$", "or give another --study"),
+    (r"give the search another name$", "give another --study"),
     (r"MaxDrop\(([^)]*)\): ", r"--max-drop \1: "),
     (r"MaxLatency\(([^)]*)\): ", r"--max-latency \1: "),
     (r"MaxMemory\(([^)]*)\): ", r"--max-memory \1: "),
     (r"n_trials=", "--trials "),
+    (r"^seed=", "--seed "),
     (r"run one forward pass first, or give inputs=", "give --inputs or --input-shape"),
     (r"give inputs= if there were none", "give --inputs or --input-shape if neither was given"),
     (

@@ -2,32 +2,148 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 from torch import nn
 
-from normsearch.errors import ModelError, SearchError
+from normsearch.errors import ModelError, NormsearchError, SearchError
+from normsearch.forward import is_lazy
 from normsearch.methods import Method
+from normsearch.searching.objectives import seeded
+from normsearch.searching.tasks import Task
+from normsearch.training_state import generators_of
+
+#: The largest seed: what is added to it must fit torch's generators.
+LARGEST_SEED = 2**62
 
 
-def check_whole(name: str, value: int, least: int) -> None:
-    """Raise a ``SearchError`` for anything but a whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return a whole number of at least ``least``.
+
+    Raises:
+        SearchError: it is anything else.
+
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise SearchError(f"{name}={value!r}: give a whole number, at least {least}")
+    if most is not None and value > most:
+        raise SearchError(f"{name}={value!r}: give at most {most}")
+    return int(value)
 
 
-def check_arguments(model: Any, methods: Any, sites: Any, veto: Any, name: Any) -> None:
-    """Raise for arguments of other types, before anything is made."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
+def check_arguments(
+    methods: Any,
+    sites: Any,
+    directions: Any,
+    costs: Any,
+    constraints: Any,
+    storage: Any,
+    name: Any,
+    sampler: Any,
+    veto: Any,
+) -> None:
+    """Raise a ``SearchError`` for arguments of other kinds."""
     if not isinstance(methods, str | Method | Sequence):
         raise SearchError(f"methods={methods!r}: give a list of methods or spellings")
-    if sites is not None:
-        sites = [sites] if isinstance(sites, str) else list(sites)
-        if not all(isinstance(one, str) for one in sites):
-            raise SearchError(f"sites={sites!r}: give glob patterns of paths")
-    if veto is not None and (isinstance(veto, bool) or not isinstance(veto, int | float) or not veto > 0):
-        raise SearchError(f"veto={veto!r}: give a drift above 0, or None to veto nothing")
+    patterns = isinstance(sites, Iterable) and all(isinstance(one, str) for one in sites)
+    if sites is not None and not patterns:
+        raise SearchError(f"sites={sites!r}: give glob patterns of paths")
+    if not isinstance(directions, str | Sequence):
+        raise SearchError(f"directions={directions!r}: give 'maximize' or 'minimize' for each number")
+    for kind, several in (("costs", costs), ("constraints", constraints)):
+        if not isinstance(several, str | Sequence):
+            raise SearchError(f"{kind}={several!r}: give a list, empty for none")
+    if storage is not None and not isinstance(storage, str | os.PathLike | BaseStorage):
+        raise SearchError(f"storage={storage!r}: give a path, a URL or a storage of Optuna's")
     if name is not None and (not isinstance(name, str) or not name or not name.isprintable()):
         raise SearchError(f"name={name!r}: give a name in printable characters")
+    if not isinstance(sampler, str | BaseSampler):
+        raise SearchError(f"sampler={sampler!r}: give a name, or a sampler of Optuna's")
+    if veto is not None and (isinstance(veto, bool) or not isinstance(veto, int | float) or not veto > 0):
+        raise SearchError(f"veto={veto!r}: give a drift above 0, or None to veto nothing")
+
+
+def check_callback(on_progress: Any) -> None:
+    """Raise a ``SearchError`` for a callback that cannot be called."""
+    if on_progress is not None and not callable(on_progress):
+        raise SearchError(f"on_progress={on_progress!r}: give a function of a Progress, or None")
+
+
+def check_inputs(inputs: Any) -> None:
+    """Raise a ``SearchError`` for inputs that are no batches."""
+    single = isinstance(inputs, torch.Tensor | np.ndarray | Mapping | str)
+    if inputs is not None and (single or not _is_read(inputs)):
+        raise SearchError(f"inputs= is a {type(inputs).__name__}: give a list of batches, [inputs] for one")
+
+
+def check_model(model: Any) -> None:
+    """Raise a ``ModelError`` for what cannot be searched."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
+    if is_lazy(model):
+        raise ModelError(
+            "the model has layers without weights yet (lazy modules); run one forward pass first, then load "
+            "or train it"
+        )
+    scripted = [name for name, one in model.named_modules() if isinstance(one, torch.jit.ScriptModule)]
+    if scripted:
+        raise ModelError(
+            f"{scripted[0] or 'the model'} is compiled TorchScript, which a search cannot copy and put back; "
+            "give the nn.Module that it was made from"
+        )
+
+
+def check_objective(objective: Any) -> None:
+    """Raise a ``SearchError`` for an objective that cannot be called, or a task whose data are no pairs."""
+    if objective is not None and not callable(objective):
+        raise SearchError(f"objective={objective!r}: give a Task, or a function of (model, trial)")
+    if not isinstance(objective, Task):
+        return
+    if not torch.is_grad_enabled():
+        raise SearchError(
+            "gradients are turned off here (torch.no_grad() or inference_mode()), and a Task trains "
+            "networks; search outside of it"
+        )
+    for name in ("train", "validation", "confirmation"):
+        pairs = getattr(objective, name)
+        if pairs is None and name == "confirmation":
+            continue
+        first = _first(name, pairs)
+        if not isinstance(first, tuple | list) or len(first) != 2:
+            size = f" of {len(first)}" if isinstance(first, tuple | list | dict) else ""
+            raise SearchError(
+                f"{name}: give pairs (inputs, targets), got a {type(first).__name__}{size}; several inputs "
+                "are one tuple: ((first, second), targets)"
+            )
+
+
+def _first(name: str, pairs: Any) -> Any:
+    """Return the first batch; every generator is left as it was."""
+    if not _is_read(pairs):
+        raise SearchError(f"{name}={pairs!r}: give a DataLoader, or a list of pairs (inputs, targets)")
+    generators = [(one, one.get_state()) for one in generators_of(pairs)]
+    try:
+        with seeded(0):
+            for first in pairs:
+                return first
+    except NormsearchError:
+        raise
+    except Exception as error:
+        raise SearchError(
+            f"{name} cannot be read: {type(error).__name__}: {error}; try next(iter({name}))"
+        ) from error
+    finally:
+        for generator, state in generators:
+            generator.set_state(state)
+    raise SearchError(f"{name} has no batch; give one that holds some")
+
+
+def _is_read(things: Any) -> bool:
+    """Say whether a for loop may read something."""
+    return hasattr(type(things), "__iter__") or hasattr(type(things), "__getitem__")

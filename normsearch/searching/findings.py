@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
@@ -15,6 +17,7 @@ from torch import nn
 from normsearch.errors import SearchError
 from normsearch.plans import Plan
 from normsearch.reporting.search_sections import Goal
+from normsearch.searching.concluding import concluded
 from normsearch.searching.confirming import Confirmed, candidates, feasible
 from normsearch.searching.leases import ERROR
 from normsearch.searching.posterior import Effect, Posterior
@@ -77,7 +80,7 @@ class Findings:
                 found.same_split,
                 found.sensitivity,
             )
-        return cls._unconfirmed(found.study, found.space, found.resident.model, score)
+        return cls._remembered(found.study, found.space, found.resident.model, score)
 
     @classmethod
     def of_study(
@@ -105,11 +108,17 @@ class Findings:
         if not memory.has("ready"):
             raise SearchError(f"the study {name!r} has not begun its trials; look again later")
         inside = Resident(model).model
-        return cls._unconfirmed(study, memory.space(inside), inside, score)
+        return cls._remembered(study, memory.space(inside), inside, score)
 
     @classmethod
-    def _unconfirmed(cls, study: Study, space: SearchSpace, model: nn.Module, score: str) -> Findings:
+    def _remembered(cls, study: Study, space: SearchSpace, model: nn.Module, score: str) -> Findings:
+        """Return what a study knows: how the search ended, or which plan leads as long as it has not."""
         memory = Memory(study)
+        ended = concluded(memory)
+        if ended is not None:
+            rows = {row.number: row for row in ended.rows}
+            known = (ended.trial, ended.reference, rows, ended.same_split, memory.sensitivity())
+            return cls(study, space, model, score, *known)
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         best = reference = None
         if any(map(feasible, done)):
@@ -136,8 +145,9 @@ class Findings:
 
     @cached_property
     def counted(self) -> list[FrozenTrial]:
-        """The trials that count, by number."""
-        return counted_trials(self.study.get_trials(deepcopy=False))
+        """The trials that count, by number; those that wait beyond what was asked for do not."""
+        trials = enumerate(counted_trials(self.study.get_trials(deepcopy=False)))
+        return [one for place, one in trials if place < self.wanted or one.state != TrialState.WAITING]
 
     @cached_property
     def by_number(self) -> Mapping[int, FrozenTrial]:
@@ -166,16 +176,33 @@ class Findings:
         return self.space.plan(self.by_number[self.best].params)
 
     @cached_property
+    def further(self) -> Mapping[str, Any]:
+        """What else the objective suggested in the trial of the plan that counts."""
+        params = {} if self.best is None else self.by_number[self.best].params
+        return {name: value for name, value in params.items() if name not in self.space.distributions}
+
+    @cached_property
     def expected(self) -> Mapping[str, Mapping[str, Effect]]:
-        """The posterior's effects on the plan; empty where there is too little to say."""
+        """The posterior's effects on the plan; empty where there is too little to say.
+
+        Where all scores are the same, or too large to compute with, there is nothing but the prior.
+        """
         done = [trial for trial in self.counted if trial.state == TrialState.COMPLETE]
-        if len(done) < 2 or self.best is None:
+        if self.scored < 2 or self.best is None:
             return {}
         sign = 1.0 if self.goals[0].maximize else -1.0
         posterior = Posterior(
             self.space, done, [sign * trial.values[0] for trial in done], self.memory.prior()
         )
-        return posterior.effects(self.by_number[self.best].params)
+        effects = posterior.effects(self.by_number[self.best].params)
+        cells = [cell for row in effects.values() for cell in row.values()]
+        finite = all(math.isfinite(cell.mean) and math.isfinite(cell.deviation) for cell in cells)
+        return effects if finite else {}
+
+    @cached_property
+    def scored(self) -> int:
+        """How many different scores trials have."""
+        return len({trial.values[0] for trial in self.counted if trial.state == TrialState.COMPLETE})
 
     def place(self, path: str) -> int | None:
         """Return the place of the method that the plan that counts has at a site."""

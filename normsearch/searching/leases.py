@@ -174,6 +174,10 @@ class HeldLease:
     ) -> None:
         self._end()
 
+    def end(self) -> None:
+        """Renew it no more, without waiting for the thread that does."""
+        self._ended.set()
+
     def is_held(self) -> bool:
         """Say whether the trial is still this worker's to finish."""
         return self.covers(self._storage.get_trial(self._trial_id))

@@ -184,12 +184,15 @@ def importances(found: Findings) -> made.Importances | None:
         return None
     sites = {choice.name: choice.sites for choice in found.space.choices}
     spreads = {name: pstdev([effect.mean for effect in row.values()]) for name, row in found.expected.items()}
-    total = sum(spread**2 for spread in spreads.values()) or 1.0
+    # Squares of large spreads would overflow.
+    largest = max(spreads.values()) or 1.0
+    squares = {name: (spread / largest) ** 2 for name, spread in spreads.items()}
+    total = sum(squares.values()) or 1.0
     ranked = sorted(spreads, key=lambda name: -spreads[name])
     return made.Importances(
         goal=found.goals[0],
         rows=tuple(
-            made.ImportanceRow(sites=sites[name], spread=spreads[name], share=spreads[name] ** 2 / total)
+            made.ImportanceRow(sites=sites[name], spread=spreads[name], share=squares[name] / total)
             for name in ranked
         ),
     )

@@ -6,8 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from normsearch.reporting import sections
+from normsearch.searching.concluding import failures
 from normsearch.searching.findings import Findings, state
 from normsearch.searching.leases import ERROR
+from normsearch.searching.results import SINGLE_SEED
+from normsearch.searching.stepwise import spared
 
 
 def notes(found: Findings, given: Sequence[str]) -> sections.Notes | None:
@@ -35,11 +38,26 @@ def _warnings(found: Findings) -> list[str]:
             )
         if seeds > 1 and all(len(set(row.scores)) == 1 for row in found.confirmed.values()):
             said.append(
-                "Every seed gave the same scores: nothing that the objective does depends on the seed, "
-                "so that the errors say nothing of the noise."
+                "Every seed gave the same scores: either nothing that the objective does depends on the "
+                "seed, or the score cannot tell (it is saturated, for example); the errors say nothing of "
+                "the noise."
             )
         if seeds == 1:
-            said.append("The confirmation has a single seed: it says nothing of the noise.")
+            ruled_out = any(row.gain is not None for row in found.confirmed.values())
+            what = SINGLE_SEED if ruled_out else "it says nothing of the noise"
+            said.append(f"The confirmation has a single seed: {what}.")
+    said += [
+        f"The plan of trial {number} failed when it was run again with seed {failure.seed} and was left out: "
+        f"{failure.reason}."
+        for number, failure in failures(found.memory).items()
+    ]
+    if what := spared(found.memory, found.space):
+        said.append(f"{what[0].upper()}{what[1:]}.")
+    if found.further:
+        told = ", ".join(f"{name}={value!r}" for name, value in found.further.items())
+        said.append(f"The objective suggested more than the plan; its trial had {told}.")
+    if found.scored == 1 and states["complete"] + states["infeasible"] > 1:
+        said.append("All trials scored the same: the score tells no method from another.")
     finished = sum(states[s] for s in ("complete", "infeasible", "pruned", "failed"))
     if finished < found.wanted:
         said.append(f"The search is not finished: {finished} of {found.wanted} trials are done.")

@@ -17,8 +17,15 @@ from normsearch.sensitivities import Sensitivity
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from normsearch.reporting import Document
+
+#: What a confirmation with one seed comes to.
+SINGLE_SEED = (
+    "a single seed cannot tell a mix from noise, so the uniform plan is returned; "
+    "confirm with 2 seeds or more"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,11 @@ class SearchResult:
         """The study's parameters of the best plan."""
         return self.candidates[self.chosen].params
 
+    @property
+    def further(self) -> Mapping[str, Any]:
+        """What else the objective suggested in the best plan's trial, a learning rate for example."""
+        return {name: value for name, value in self.params.items() if name not in self.space.distributions}
+
     def report(self, *, score: str = "score", title: str | None = None) -> Document:
         """Return the report, as ``search_report`` makes it; ``report().save("report.html")`` writes it."""
         # That module imports this one.
@@ -64,11 +76,16 @@ class SearchResult:
 
         return search_report(self, score=score, title=title)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Table | Text:
         from rich import box
         from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
+        if not self.confirmation:
+            best = self.candidates[self.chosen]
+            name = f"all {best.uniform}" if best.uniform else f"trial {best.number}"
+            return Text(f"not confirmed: {name}, {best.value:.4f} in the search")
         split = "on the search's data" if self.same_split else "on held-out data"
         table = Table(title=f"confirmed {split}, paired by seed", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for head in ("", "plan", "search", "confirmed", "gain", "± error"):
@@ -82,4 +99,6 @@ class SearchResult:
                 "" if row.gain is None else f"{row.gain:+.4f}",
                 "" if row.error is None else f"{row.error:.4f}",
             )
+        if any(row.gain is not None and len(row.scores) == 1 for row in self.confirmation):
+            table.caption = SINGLE_SEED
         return table

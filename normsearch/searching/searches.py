@@ -11,11 +11,12 @@ from optuna.storages import BaseStorage
 from torch import nn
 
 from normsearch.methods import Method
-from normsearch.progress import OnProgress
+from normsearch.progress import OnProgress, Progress
+from normsearch.searching.checking import check_callback, check_whole
 from normsearch.searching.constraints import Constraint
 from normsearch.searching.objectives import Objective
 from normsearch.searching.preparing import VETO
-from normsearch.searching.results import SearchResult
+from normsearch.searching.results import SINGLE_SEED, SearchResult
 from normsearch.searching.space import METHODS
 from normsearch.searching.stepwise import Search
 from normsearch.searching.tasks import Task
@@ -50,7 +51,7 @@ def search(
     worth (``Task`` alone); trials convert, train and score one plan each, starting with the uniform plans, a
     few that the prior suggests and what trained gates say; the best few plans and the best uniform one are
     run again under fresh seeds on data that no trial saw, and a mix is returned only if it beats the uniform
-    plan beyond noise there.
+    plan beyond noise there. A plan that fails when it is run again is out, and the next best takes its place.
 
     Every trial starts from the same trained weights and the same seed. An exception or an interruption loses
     nothing where ``storage`` or ``name`` says where the study is kept: the same call goes on with it. More
@@ -74,12 +75,12 @@ def search(
             by default a file ``NAME.journal`` if there is a name, else memory.
         name: of the study.
         sampler: ``auto`` (``norm``), ``norm``, ``tpe``, ``gp``, ``nsga2``, ``random``, or one of Optuna's.
-        seed: of everything random.
+        seed: of everything random, at most 2⁶².
         inputs: batches of inputs for sensitivity and costs; by default a ``Task``'s training inputs.
         veto: the largest drift of a single change that may be tried; None vetoes nothing.
         sense: whether to ask a supernet first; only a ``Task`` can be asked.
-        confirm: fresh seeds that the best plans are run with; 0 skips confirmation, and the best plan is then
-            taken at its word.
+        confirm: fresh seeds that the best plans are run with; 1 cannot tell a mix from noise, so that the
+            uniform plan is returned; 0 skips confirmation, and the best plan is then taken at its word.
         top: how many mixes are confirmed.
         on_progress: called after every step of every stage.
 
@@ -87,8 +88,9 @@ def search(
         A ``SearchResult``.
 
     Raises:
-        SearchError: arguments contradict each other, the objective fails, no trial meets the constraints, or
-            a study of this name has other settings.
+        SearchError: arguments contradict each other, the objective fails in the first trials or with every
+            plan that is run again, no trial meets the constraints, or a study of this name has other
+            settings.
         PlanError: the model has no BatchNorm, or a pattern matches none.
         MethodError: a spelling is not valid.
 
@@ -112,6 +114,10 @@ def search(
         Frozen(trainable=False)
 
     """
+    confirm, top = check_whole("confirm", confirm, 0), check_whole("top", top, 1)
+    check_callback(on_progress)
+    if confirm == 1 and on_progress is not None:
+        on_progress(Progress("searching", 0, n_trials, None, SINGLE_SEED))
     run = Search(
         model,
         objective,
@@ -130,5 +136,6 @@ def search(
         n_trials=n_trials,
         on_progress=on_progress,
     )
+    run.forget_failures()
     run.optimize(on_progress=on_progress)
     return run.result(confirm=confirm, top=top, on_progress=on_progress)

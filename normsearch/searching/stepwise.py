@@ -16,8 +16,17 @@ from normsearch.errors import SearchError
 from normsearch.methods import Method
 from normsearch.plans import Plan
 from normsearch.progress import OnProgress, Progress
-from normsearch.searching.checking import check_arguments, check_whole
-from normsearch.searching.concluding import Conclusion
+from normsearch.searching.asking import AskedTrials
+from normsearch.searching.checking import (
+    LARGEST_SEED,
+    check_arguments,
+    check_callback,
+    check_inputs,
+    check_model,
+    check_objective,
+    check_whole,
+)
+from normsearch.searching.concluding import Conclusion, forget_failures
 from normsearch.searching.confirming import Candidate
 from normsearch.searching.constraints import Constraint, checked
 from normsearch.searching.costs import check_cost
@@ -27,11 +36,14 @@ from normsearch.searching.preparing import VETO, prepare
 from normsearch.searching.resident import Resident
 from normsearch.searching.results import SearchResult
 from normsearch.searching.samplers import check_sampler, sampler_named
-from normsearch.searching.space import METHODS
+from normsearch.searching.space import METHODS, SearchSpace
 from normsearch.searching.studies import Memory, Settings, made_study
 from normsearch.searching.tasks import Task
 from normsearch.searching.workers import evaluation, work
 from normsearch.sensitivities import Sensitivity
+
+#: So many sites are named in a message.
+_NAMED = 5
 
 
 class Search:
@@ -74,9 +86,16 @@ class Search:
         sense: bool = True,
         on_progress: OnProgress | None = None,
     ) -> None:
-        check_whole("n_trials", n_trials, 1)
-        check_whole("seed", seed, 0)
-        check_arguments(model, methods, sites, veto, name)
+        n_trials = check_whole("n_trials", n_trials, 1)
+        seed = check_whole("seed", seed, 0, LARGEST_SEED)
+        sites = (
+            sites if sites is None or isinstance(sites, str) or not isinstance(sites, Iterable) else [*sites]
+        )
+        check_arguments(methods, sites, directions, costs, constraints, storage, name, sampler, veto)
+        check_callback(on_progress)
+        check_inputs(inputs)
+        check_model(model)
+        check_objective(objective)
         costs = (costs,) if isinstance(costs, str) else costs
         self.n_trials = n_trials
         for cost in costs:
@@ -105,12 +124,18 @@ class Search:
         prepare(self.resident, self.memory, objective, given, n_trials, on_progress)
         self.space = self.memory.space(self.resident.model)
         self.memory.keep("n_trials", min(self.n_trials, self.space.size))
-        if self.space.size < self.n_trials and on_progress is not None:
-            few = f"{self.space.size} different plans are left without what is refused, vetoed or tied"
-            on_progress(Progress("searching", 0, self.space.size, None, few))
+        known = [spared(self.memory, self.space)]
+        if self.space.size < self.n_trials:
+            known.append(
+                f"{self.space.size} different plans are left without what is refused, vetoed or tied"
+            )
+        for text in filter(None, known):
+            if on_progress is not None:
+                on_progress(Progress("searching", 0, min(self.n_trials, self.space.size), None, text))
         if not isinstance(sampler, BaseSampler):
             sampler = sampler_named(sampler, self.memory, self.space)
         self.study.sampler = sampler
+        self._asked = AskedTrials(self.study)
         self._evaluation = evaluation(self.resident, self.space, objective, self.memory)
 
     @property
@@ -121,30 +146,53 @@ class Search:
     def ask(self) -> Trial:
         """Return the next trial, its parameters suggested.
 
+        It is left to this process until it is told, however long that takes: other workers do not run it.
+
         Raises:
             SearchError: all trials are taken.
 
         """
+        self._asked.reclaim()
         trials = self.study.get_trials(deepcopy=False)
         if sum(trial.state != TrialState.WAITING for trial in trials) >= self.n_trials:
             raise SearchError(f"all {self.n_trials} trials were asked for; give a larger n_trials")
-        return self.study.ask(dict(self.space.distributions))
+        return self._asked.hold(self.study.ask(dict(self.space.distributions)))
 
     def plan(self, trial: Trial | FrozenTrial) -> Plan:
-        """Return a trial's plan."""
-        return self.space.plan(trial.params)
-
-    def tell(self, trial: Trial, values: float | Sequence[float]) -> None:
-        """Record a trial's numbers; costs that are objectives are added.
+        """Return a trial's plan.
 
         Raises:
-            SearchError: they are not finite, or not one for each direction.
+            SearchError: it is no trial of this search.
 
         """
-        self.study.tell(trial, self._evaluation.with_costs(trial, values))
+        if not isinstance(trial, Trial | FrozenTrial):
+            raise SearchError(f"trial={trial!r}: give a trial that ask returned")
+        return self.space.plan(trial.params)
+
+    def tell(self, trial: Trial, values: float | Sequence[float] | None) -> None:
+        """Record a trial's numbers, costs that are objectives added, or that it failed.
+
+        Args:
+            trial: what ``ask`` or ``resume`` returned.
+            values: a number, or one for each direction; None for a trial that failed, whose user attribute
+                ``error`` may say why.
+
+        Raises:
+            SearchError: they are not finite, or not one for each direction, and the trial can be told again;
+                or it is no trial of this search, is finished, or is another worker's.
+
+        """
+        self._asked.check(trial)
+        if values is None:
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            self.study.tell(trial, self._evaluation.with_costs(trial, values))
+        self._asked.end(trial)
 
     def optimize(self, *, on_progress: OnProgress | None = None) -> None:
         """Run trials until there are ``n_trials``; other workers' count.
+
+        Those that were asked for and not told are run too.
 
         Raises:
             SearchError: the objective fails again and again.
@@ -152,6 +200,7 @@ class Search:
         """
         if self._objective is None:
             raise SearchError("this search has no objective to run; ask and tell by hand, or give one")
+        self._asked.give_back()
         work(self.study, self._evaluation, self.memory.read("n_trials"), on_progress=on_progress)
         names = set(self.space.distributions)
         if self.n_trials > self.space.size and any(set(t.params) - names for t in self.study.get_trials()):
@@ -160,16 +209,15 @@ class Search:
             work(self.study, self._evaluation, self.n_trials, on_progress=on_progress)
 
     def resume(self, number: int) -> Trial:
-        """Return a running trial by its number, its parameters suggested unless they were before.
+        """Return an unfinished trial by its number, its parameters suggested unless they were before.
+
+        It is this process's from now on, whoever had it.
 
         Raises:
-            SearchError: there is no such trial.
+            SearchError: there is no such trial, or it is finished.
 
         """
-        found = [one for one in self.study.get_trials(deepcopy=False) if one.number == number]
-        if not found:
-            raise SearchError(f"the study has no trial {number}; ask for one")
-        trial = Trial(self.study, found[0]._trial_id)
+        trial = self._asked.resume(number)
         for name, distribution in self.space.distributions.items():
             trial.suggest_categorical(name, distribution.choices)
         return trial
@@ -187,8 +235,10 @@ class Search:
     def unconfirmed(self, *, confirm: int = 5, top: int = 3) -> list[tuple[Candidate, int]]:
         """Return which plans are still to be run again before ``result``, each with its seed.
 
+        A plan that failed is left out, and the next best takes its place.
+
         Raises:
-            SearchError: no trial meets the constraints.
+            SearchError: no trial meets the constraints, or no plan is left that has not failed.
 
         """
         return self._conclusion.unconfirmed(confirm, top)
@@ -197,7 +247,7 @@ class Search:
         """Run a plan again under a seed, on data that no trial saw if the objective has some; keep the score.
 
         Raises:
-            SearchError: it fails.
+            SearchError: it fails, or has failed. That is kept: the plan is out until ``forget_failures``.
 
         """
         return self._conclusion.confirm(candidate, seed)
@@ -207,16 +257,40 @@ class Search:
     ) -> SearchResult:
         """Confirm the best plans and return the one to use, trained.
 
+        A plan that fails when it is run again is out, and the next best takes its place.
+
         Raises:
-            SearchError: no trial meets the constraints, or there is nothing to run.
+            SearchError: no trial meets the constraints, every plan fails, or there is nothing to run.
 
         """
-        check_whole("confirm", confirm, 0)
-        check_whole("top", top, 1)
+        confirm, top = check_whole("confirm", confirm, 0), check_whole("top", top, 1)
+        check_callback(on_progress)
         if self._objective is None:
             raise SearchError("this search has no objective to confirm by; see study.best_trials instead")
         return self._conclusion.result(confirm, top, on_progress)
 
+    def forget_failures(self) -> None:
+        """Let plans that failed when they were run again have another go, as ``search`` does when called."""
+        forget_failures(self.memory)
+
     @property
     def _conclusion(self) -> Conclusion:
         return Conclusion(self.study, self.memory, self.space, self._evaluation, self._objective)
+
+
+def spared(memory: Memory, space: SearchSpace) -> str:
+    """Return at which sites nothing is vetoed because nothing would be left; empty where there are none."""
+    drift, veto = memory.sensitivity(), memory.settings().veto
+    if drift is None or veto is None:
+        return ""
+    vetoes = drift.vetoes(veto)
+    sites = [path for path, left in space.allowed.items() if set(left) <= {*vetoes.get(path, ())} - {"batch"}]
+    if not sites:
+        return ""
+    named = ", ".join(map(repr, sites[:_NAMED])) + (
+        f" and {len(sites) - _NAMED} more" if sites[_NAMED:] else ""
+    )
+    return (
+        f"at {named} every method moves the output by more than {veto:g} alone, so that none is vetoed "
+        "there; add methods that change less, or leave such sites out"
+    )

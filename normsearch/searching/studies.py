@@ -23,6 +23,7 @@ from normsearch.methods import Refusal, parse_method
 from normsearch.plans import Plan, Row
 from normsearch.searching.constraints import KINDS, Constraint
 from normsearch.searching.costs import CostTable
+from normsearch.searching.identity import TRAINING
 from normsearch.searching.space import Choice, SearchSpace
 from normsearch.searching.storage import open_storage
 from normsearch.sensitivities import Sensitivity
@@ -133,7 +134,8 @@ class Memory:
         if before is None:
             self.keep("identity", identity)
             return
-        other = [name for name in identity if identity[name] != before.get(name)]
+        known = [name for name in identity if name in before or name != TRAINING]
+        other = [name for name in known if identity[name] != before.get(name)]
         if other:
             raise SearchError(
                 f"the study {self.study.study_name!r} was made with other {other[0]} "
@@ -148,7 +150,7 @@ class Memory:
             SearchError: the study is no search of this library.
 
         """
-        return Settings(**vars(self._validated("settings", _SETTINGS)))
+        return Settings(**vars(self.read_as("settings", _SETTINGS)))
 
     def keep_space(self, space: SearchSpace) -> None:
         """Keep a space."""
@@ -169,7 +171,7 @@ class Memory:
             SearchError: it is missing, malformed, or of another model.
 
         """
-        document = self._validated("space", _SPACE)
+        document = self.read_as("space", _SPACE)
         sites = tuple(site for site, _, _ in read_plan(document.plan)[0])
         for spelling in document.methods:
             parse_method(spelling)
@@ -185,18 +187,24 @@ class Memory:
 
     def prior(self) -> Mapping[str, Mapping[str, float]] | None:
         """Return what sensing found; None where nothing was sensed."""
-        return self._validated("prior", _TABLE) if self.has("prior") else None
+        return self.read_as("prior", _TABLE) if self.has("prior") else None
 
     def costs(self) -> CostTable | None:
         """Return the table of costs; None where it was not measured."""
-        return self._validated("costs", _COSTS) if self.has("costs") else None
+        return self.read_as("costs", _COSTS) if self.has("costs") else None
 
     def sensitivity(self) -> Sensitivity | None:
         """Return the drift of single changes; None where there were no inputs to measure it on."""
         text = self.read("sensitivity")
         return None if text is None else Sensitivity.from_json(text)
 
-    def _validated(self, name: str, adapter: TypeAdapter[Any]) -> Any:
+    def read_as(self, name: str, adapter: TypeAdapter[Any]) -> Any:
+        """Return what was kept, validated.
+
+        Raises:
+            SearchError: it is missing or malformed.
+
+        """
         if not self.has(name):
             raise SearchError(
                 f"the study {self.study.study_name!r} has no {name}: it was not made by normsearch; "
@@ -226,12 +234,14 @@ def opened_study(name: str, storage: str | os.PathLike[str] | BaseStorage) -> St
     """Return a study that is there.
 
     Raises:
-        SearchError: there is none of this name, or the storage cannot be used.
+        SearchError: there is none of this name, it is others', or the storage cannot be used.
 
     """
     opened = open_storage(storage)
     try:
-        return optuna.load_study(study_name=name, storage=opened)
+        study = optuna.load_study(study_name=name, storage=opened)
+        check_own(study)
+        return study
     except KeyError:
         known = ", ".join(optuna.get_all_study_names(opened)) or "none"
         raise SearchError(f"the storage has no study {name!r}; it has {known}") from None
@@ -243,7 +253,7 @@ def made_study(
     """Return the study of a name, made if it is not there.
 
     Raises:
-        SearchError: the storage cannot be used.
+        SearchError: the storage cannot be used, or the study is others'.
 
     """
     if storage is None and name is not None:
@@ -252,13 +262,39 @@ def made_study(
                 f"name={name!r} names the journal too; give one that a file may have, or storage="
             )
         storage = f"{name}.journal"
-    minimized = ("minimize" for _ in settings.costs)
+    names = (*settings.directions, *("minimize" for _ in settings.costs))
+    directions = [StudyDirection[one.upper()] for one in names]
+    opened, wanted = open_storage(storage), name or _NAME
+    # To make one that is there would write into a journal.
+    if wanted in optuna.get_all_study_names(opened):
+        study = opened_study(wanted, opened)
+        if study.directions != directions and not Memory(study).has("ready"):
+            before = ", ".join(one.name.lower() for one in study.directions)
+            raise SearchError(
+                f"the study {wanted!r} was made to {before}, now it is to {', '.join(names)}; give the "
+                "search another name"
+            )
+        return study
     with _quiet():
         return optuna.create_study(
-            storage=open_storage(storage),
-            study_name=name or _NAME,
-            directions=[StudyDirection[d.upper()] for d in (*settings.directions, *minimized)],
-            load_if_exists=True,
+            storage=opened, study_name=wanted, directions=directions, load_if_exists=True
+        )
+
+
+def check_own(study: Study) -> None:
+    """Raise for a study that others have made, before anything is written into it.
+
+    Raises:
+        SearchError: it has trials or attributes, and no settings of a search.
+
+    """
+    if Memory(study).has("settings"):
+        return
+    trials = len(study.get_trials(deepcopy=False))
+    if trials or study.user_attrs:
+        raise SearchError(
+            f"the study {study.study_name!r} is no search of normsearch: it has {trials} trials and no "
+            "settings of a search; give the search another name"
         )
 
 

@@ -100,6 +100,11 @@ def counted_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     return sorted((t for t in trials if _SURPLUS not in t.system_attrs), key=lambda trial: trial.number)
 
 
+def finished_trials(study: Study) -> int:
+    """Return how many trials that count are complete, pruned or failed."""
+    return sum(trial.state.is_finished() for trial in counted_trials(study.get_trials(deepcopy=False)))
+
+
 class _Worker:
     """One process's part in a study."""
 

@@ -13,18 +13,21 @@ from torch import nn
 
 from normsearch.errors import SearchError
 from normsearch.progress import OnProgress, Stage
+from normsearch.searching.checking import check_callback, check_model, check_objective
 from normsearch.searching.identity import identity
 from normsearch.searching.leases import LeaseTerms
 from normsearch.searching.objectives import Evaluation, Objective
 from normsearch.searching.resident import Resident
 from normsearch.searching.space import SearchSpace
 from normsearch.searching.storage import check_shared, open_storage
-from normsearch.searching.studies import Memory, opened_study
+from normsearch.searching.studies import Memory, check_own, opened_study
 from normsearch.searching.tasks import Task
 from normsearch.searching.trials import counted_trials, run_trials
 
 #: Seconds between two looks at a study that is being prepared.
 _PAUSE = 0.5
+#: For so many seconds a search may have made its study and not said yet that it is one.
+_GRACE = 10.0
 
 
 def evaluation(
@@ -103,6 +106,9 @@ def join(
         SearchError: there is no such study, it searches another model, or the storage cannot be shared.
 
     """
+    check_model(model)
+    check_objective(objective)
+    check_callback(on_progress)
     opened = open_storage(storage)
     check_shared(opened)
     study = opened_study(name, opened)
@@ -120,10 +126,21 @@ def join(
 
 
 def _await(memory: Memory, on_progress: OnProgress | None) -> None:
-    """Return when trials may begin."""
+    """Return when trials may begin.
+
+    Raises:
+        SearchError: the study is no search, or does not become one.
+
+    """
     if not memory.has("ready"):
         Stage("waiting for the search to begin its trials", 0, on_progress)
+    end = time.monotonic() + _GRACE
     while not memory.has("ready"):
+        check_own(memory.study)
+        if not memory.has("settings") and time.monotonic() > end:
+            raise SearchError(
+                f"the study {memory.study.study_name!r} is empty: no search has begun there; start it first"
+            )
         time.sleep(_PAUSE)
 
 
