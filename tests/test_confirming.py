@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import normsearch
 from normsearch.errors import SearchError
-from normsearch.reporting import sections
+from normsearch.reporting import search_sections, sections
 from normsearch.searching import Search, accuracy
 from normsearch.searching.confirming import Candidate, decide
 
@@ -215,11 +216,35 @@ def test_plans_that_all_fail_alike_are_named() -> None:
         normsearch.search(network(), objective, **OPTIONS)
     assert re.match(
         r"all of the 4 plans that were run again failed alike: the plan of trial \d+ failed when it was run "
-        r"again with seed 1 \(ValueError: diverged\); .*mend the objective and go on with the same call",
+        r"again with seed 3 \(ValueError: diverged\); .*mend the objective and go on with the same call",
         str(caught.value),
     )
     assert isinstance(caught.value.__cause__.__cause__, ValueError)  # type: ignore[union-attr]
-    assert len(objective.again) == 4
+    # Two other seeds were tried: it is not the seed.
+    assert Counter(seed for _, seed in objective.again) == {1: 4, 2: 4, 3: 4}
+
+
+@pytest.mark.parametrize("bad", [(1,), (3,), (2, 4)])
+def test_a_seed_with_which_every_plan_fails_is_left_out_for_another(bad: tuple[int, ...]) -> None:
+    objective = Fragile(lambda params, seed: seed in bad)
+    result = normsearch.search(network(), objective, **OPTIONS | {"confirm": 3})
+    assert all(len(row.scores) == 3 for row in result.confirmation)
+    assert result.confirmation[0].uniform is not None
+    used = [seed for seed in (1, 2, 3, 4, 5) if seed not in bad][:3]
+    report = result.report()
+    table, notes = report.section(search_sections.Scores), report.section(sections.Notes)
+    assert table is not None
+    assert table.seeds == tuple(used)
+    assert notes is not None
+    for seed in bad:
+        assert any(f"with seed {seed}, so that another seed was taken" in note.text for note in notes.notes)
+
+
+def test_without_confirmation_a_seed_with_which_every_plan_fails_is_left_out() -> None:
+    objective = Fragile(lambda params, seed: seed == 1)
+    result = normsearch.search(network(), objective, **OPTIONS | {"confirm": 0})
+    assert objective.again[-1] == (result.candidates[result.chosen].number, 2)
+    assert result.candidates[result.chosen].value == 1.0
 
 
 def test_where_every_plan_fails_in_a_way_of_its_own_none_is_left() -> None:
@@ -230,6 +255,6 @@ def test_where_every_plan_fails_in_a_way_of_its_own_none_is_left() -> None:
 
     few = {"methods": ["batch", "group"], "sites": ["[ab].*"], "n_trials": 4, "confirm": 2}
     with pytest.raises(
-        SearchError, match=r"no plan is left: .*seed 1 \(ValueError: flaky 0\).*; and 1 more; mend"
+        SearchError, match=r"no plan is left: .*seed 3 \(ValueError: flaky 0\).*; and 1 more; mend"
     ):
         normsearch.search(network(), objective, **few)

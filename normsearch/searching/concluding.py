@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from optuna.study import Study, StudyDirection
@@ -22,8 +24,11 @@ from normsearch.searching.studies import Memory
 from normsearch.searching.tasks import Task
 from normsearch.searching.trials import finished_trials
 
-#: Names in a study's memory: scores by trial and seed, plans that failed, and how the search ended.
-_SCORES, _FAILURES, _CONCLUSION = "confirmation", "failures", "conclusion"
+#: Names in a study's memory: scores by trial and seed, plans that failed, seeds with which all of them did,
+#: and how the search ended.
+_SCORES, _FAILURES, _SKIPPED, _CONCLUSION = "confirmation", "failures", "skipped", "conclusion"
+#: So many more seeds are left out than have scores; beyond, the objective is to blame.
+_MOST_SKIPPED = 2
 #: So many plans that all fail with their first seed, in the same way, are no accident.
 _SAME_FAILURES = 3
 _LONGEST_REASON = 500
@@ -68,6 +73,7 @@ class Concluded:
 
 
 _FAILED = TypeAdapter(dict[int, Failure])
+_SKIPS = TypeAdapter(tuple[Failure, ...])
 _CONCLUDED = TypeAdapter(Concluded)
 
 
@@ -80,10 +86,22 @@ def failures(memory: Memory) -> Mapping[int, Failure]:
     return memory.read_as(_FAILURES, _FAILED) if memory.has(_FAILURES) else {}
 
 
+def skipped(memory: Memory) -> tuple[Failure, ...]:
+    """Return the seeds with which every plan failed when it was run again, and why."""
+    return memory.read_as(_SKIPPED, _SKIPS) if memory.has(_SKIPPED) else ()
+
+
+def fresh_seeds(memory: Memory, count: int) -> list[int]:
+    """Return the seeds that plans are run again with."""
+    out, first = {failure.seed for failure in skipped(memory)}, memory.settings().seed + 1
+    return list(islice((seed for seed in itertools.count(first) if seed not in out), count))
+
+
 def forget_failures(memory: Memory) -> None:
-    """Let the plans that failed when they were run again have another go."""
-    if memory.has(_FAILURES):
-        memory.keep(_FAILURES, None)
+    """Let the plans that failed when they were run again, and seeds, have another go."""
+    for name in (_FAILURES, _SKIPPED):
+        if memory.has(name):
+            memory.keep(name, None)
 
 
 def concluded(memory: Memory) -> Concluded | None:
@@ -104,7 +122,8 @@ def concluded(memory: Memory) -> Concluded | None:
 class Conclusion:
     """How a search ends: scores under fresh seeds, each kept as soon as it is known, and what they say.
 
-    A plan that fails when it is run again is out, and the next one takes its place.
+    A plan that fails when it is run again is out, and the next one takes its place; a seed with which every
+    plan fails is left out instead, for another one.
 
     Attributes:
         study: Optuna's.
@@ -146,6 +165,7 @@ class Conclusion:
                 _, model = self._again(given[chosen], self._seeds(confirm)[0], keep=True)
             except _PlanFailedError as error:
                 cause = error
+                self._skip(given)
                 continue
             assert model is not None
             return self._kept(given, chosen, rows, model)
@@ -226,9 +246,27 @@ class Conclusion:
         first = [*[one for one in found if one.uniform is not None], *mixes[:wanted]]
         alike = len({failure.reason for failure in out.values()}) == 1 and not self._scores()
         same = alike and len(out) >= _SAME_FAILURES and all(one.number in out for one in first)
+        if same and self._skip(first):
+            return self._candidates(confirm, top, cause)
         if same or not given:
             raise SearchError(_failed(out, left=len(given))) from cause
         return given
+
+    def _skip(self, plans: Sequence[Candidate]) -> bool:
+        """Leave out a seed with which all plans failed, instead of the plans; say whether it was so."""
+        out, before = failures(self.memory), skipped(self.memory)
+        seeds = {out[one.number].seed if one.number in out else None for one in plans}
+        good = {key.partition("/")[2] for key in self._scores()}
+        if len(seeds) != 1 or None in seeds or len(before) >= _MOST_SKIPPED + len(good):
+            return False
+        (seed,) = seeds
+        there = {number: failure for number, failure in out.items() if failure.seed == seed}
+        if len(there) < 2:
+            return False
+        self.memory.keep(_SKIPPED, [asdict(one) for one in (*before, next(iter(there.values())))])
+        rest = {number: asdict(failure) for number, failure in out.items() if number not in there}
+        self.memory.keep(_FAILURES, rest)
+        return True
 
     def _uniform(self, found: list[Candidate], out: Mapping[int, Failure]) -> list[Candidate]:
         """Return the best uniform plan that has not failed, if there is one."""
@@ -247,7 +285,7 @@ class Conclusion:
 
     def _seeds(self, confirm: int) -> list[int]:
         """Return fresh seeds, one at least."""
-        return [self.memory.settings().seed + 1 + number for number in range(max(confirm, 1))]
+        return fresh_seeds(self.memory, max(confirm, 1))
 
     def _sign(self) -> float:
         return -1.0 if self.study.directions[0] == StudyDirection.MINIMIZE else 1.0

@@ -8,6 +8,7 @@ from statistics import pstdev
 
 from normsearch.reporting import parts, sections
 from normsearch.reporting import search_sections as made
+from normsearch.searching.concluding import fresh_seeds
 from normsearch.searching.costs import CostTable
 from normsearch.searching.findings import Findings, reason, state
 
@@ -80,13 +81,12 @@ def scores(found: Findings) -> made.Scores | None:
     if not rows:
         return None
     seeds = max((len(row.scores) for row in rows), default=0)
-    first = found.settings.seed + 1
     # The plans that were confirmed first, the best uniform one at their head as it is the reference.
     rows.sort(key=lambda row: (not row.scores, not row.uniform if row.scores else False, row.trial))
     return made.Scores(
         goal=found.goals[0],
         rows=tuple(rows),
-        seeds=tuple(range(first, first + seeds)),
+        seeds=tuple(fresh_seeds(found.memory, seeds)),
         same_split=found.same_split,
     )
 

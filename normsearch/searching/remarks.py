@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from normsearch.reporting import sections
-from normsearch.searching.concluding import failures
+from normsearch.searching.concluding import failures, skipped
 from normsearch.searching.findings import Findings, state
 from normsearch.searching.leases import ERROR
 from normsearch.searching.results import SINGLE_SEED
@@ -50,6 +50,11 @@ def _warnings(found: Findings) -> list[str]:
         f"The plan of trial {number} failed when it was run again with seed {failure.seed} and was left out: "
         f"{failure.reason}."
         for number, failure in failures(found.memory).items()
+    ]
+    said += [
+        f"Every plan failed when it was run again with seed {one.seed}, so that another seed was taken: "
+        f"{one.reason}."
+        for one in skipped(found.memory)
     ]
     if what := spared(found.memory, found.space):
         said.append(f"{what[0].upper()}{what[1:]}.")
