@@ -68,6 +68,13 @@ def searched(**changes: Any) -> SearchResult:
     return normsearch.search(network(), Planted(), **{**options, **changes})
 
 
+def test_methods_that_are_one_network_are_named() -> None:
+    for methods, said in ((["group", "layer"], True), (["group", "instance"], False)):
+        notes = searched(methods=methods, n_trials=4, confirm=0).report().section(sections.Notes)
+        assert notes is not None
+        assert any("At 4 of 4 sites group has a single group" in one.text for one in notes.notes) == said
+
+
 @pytest.fixture(scope="module")
 def result() -> SearchResult:
     return searched(costs=["latency"], constraints=[MaxDrop(0.1), MaxLatency(100)], veto=None)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from normsearch.methods import parse_method
+from normsearch.methods.group import Group
 from normsearch.reporting import sections
 from normsearch.searching.concluding import failures, skipped
 from normsearch.searching.findings import Findings, state
 from normsearch.searching.leases import ERROR
 from normsearch.searching.results import SINGLE_SEED
+from normsearch.searching.space import SearchSpace
 from normsearch.searching.stepwise import spared
 
 
@@ -58,6 +61,11 @@ def _warnings(found: Findings) -> list[str]:
     ]
     if what := spared(found.memory, found.space):
         said.append(f"{what[0].upper()}{what[1:]}.")
+    if alike := _of_one_group(found.space):
+        said.append(
+            f"At {len(alike)} of {len(found.space.allowed)} sites group has a single group, which is what "
+            "layer does: plans that differ in nothing else are one network, tried twice."
+        )
     if found.further:
         told = ", ".join(f"{name}={value!r}" for name, value in found.further.items())
         said.append(f"The objective suggested more than the plan; its trial had {told}.")
@@ -82,3 +90,14 @@ def _warnings(found: Findings) -> list[str]:
             f"for {others}."
         )
     return said
+
+
+def _of_one_group(space: SearchSpace) -> list[str]:
+    """Return the sites where ``group`` and ``layer`` are both tried and the same."""
+    group = parse_method("group")
+    return [
+        site.path
+        for site in space.sites
+        if {"group", "layer"} <= set(space.allowed.get(site.path, ()))
+        and group.resolve(site) == Group(groups=1)
+    ]
