@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -208,10 +209,13 @@ def storm(
 
 def _let_go_on(stopped: list[tuple[float, int]]) -> list[tuple[float, int]]:
     """Continue those whose time has come; return the others."""
+    now = time.monotonic()
     for until, pid in stopped:
-        if until <= time.monotonic():
-            os.kill(pid, signal.SIGCONT)
-    return [(until, pid) for until, pid in stopped if until > time.monotonic()]
+        # It may have been at its end when it was struck.
+        with suppress(ProcessLookupError):
+            if until <= now:
+                os.kill(pid, signal.SIGCONT)
+    return [(until, pid) for until, pid in stopped if until > now]
 
 
 def timed(task: Work, workers: int, limit: float) -> float:
