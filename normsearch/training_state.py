@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,10 @@ def _same_sums(a: Sums, b: Sums) -> bool:
     )
 
 
+#: What networks of this process started their last run from: one interrupted in place is half trained.
+_STARTS: WeakKeyDictionary[nn.Module, Sums] = WeakKeyDictionary()
+
+
 class TrainingState:
     """A run's checkpoint file, which is read at once if it exists.
 
@@ -182,6 +187,7 @@ class TrainingState:
         self._identity["recipe"] = dict(recipe)
         document, self._document = self._document, None
         if document is None:
+            _STARTS[self._model] = self._identity["start"]
             return 0
         self._check(document, steps)
         try:
@@ -194,6 +200,7 @@ class TrainingState:
             ) from error
         if "start" in document:
             self._identity["start"] = document["start"]
+        _STARTS[self._model] = self._identity["start"]
         return int(document["step"])
 
     def _read(self) -> dict[str, Any]:
@@ -219,14 +226,18 @@ class TrainingState:
                 f"{self._path} was written for other trainable parameters; give the same model, or remove "
                 "the file to start anew"
             )
-        own = self._identity["start"]
         # Files from before it was kept have no start. A model with what the run has reached goes on too.
         known = [document["start"], _sums(document["model"])] if "start" in document else []
+        own = [self._identity["start"], *filter(None, [_STARTS.get(self._model)])]
         shapes = [
             {name: getattr(value, "shape", None) for name, value in state.items()}
             for state in (self._model.state_dict(), document["model"])
         ]
-        if known and shapes[0] == shapes[1] and not any(_same_sums(own, one) for one in known):
+        if (
+            known
+            and shapes[0] == shapes[1]
+            and not any(_same_sums(mine, one) for mine in own for one in known)
+        ):
             raise CheckpointError(
                 f"{self._path} was written by a run that started from other weights; give the model that it "
                 "started from, or remove the file to start anew"

@@ -404,6 +404,28 @@ def some_run(path: Path | None, **changed: Any) -> nn.Module:
     return finetune(model or net(), loader or pairs(), **options | changed)
 
 
+def test_a_network_that_was_interrupted_in_place_goes_on(tmp_path: Path) -> None:
+    steps = 0
+
+    def interrupting(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise KeyboardInterrupt
+        return F.cross_entropy(output, target)
+
+    options: dict[str, Any] = {"steps": 12, "lr": 1e-2, "checkpoint_every": 5, "in_place": True}
+    options |= {"loss": interrupting}
+    whole = finetune(net(), pairs(), **options | {"loss": F.cross_entropy})
+    half = net()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(half, pairs(), **options, checkpoint=tmp_path / "run.pt")
+    # As it stands it is neither what the run began with nor what the file holds.
+    again = finetune(half, pairs(), **options, checkpoint=tmp_path / "run.pt")
+    assert steps == 8 + 7
+    assert states_equal(again, whole)
+
+
 def scaled(model: nn.Sequential) -> nn.Sequential:
     """Return the network with one tensor a hundredth larger, as another conversion would leave it."""
     with torch.no_grad():
