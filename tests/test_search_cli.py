@@ -405,7 +405,7 @@ ERRORS = (
     ("mytask:alone", "it returned a Sequential; return (model, objective)"),
     ("mytask:swapped", "it returned a function first; return (model, objective), a torch.nn.Module first"),
     ("mytask:nothing_to_call", "it returned a int as the objective"),
-    ("mytask:late", "failed when it was run again with seed 1 (KeyError: 'no such split')"),
+    ("mytask:late", "failed when it was run again with seed 3 (KeyError: 'no such split')"),
     ("mytask:failing", "the first 3 trials all failed: ValueError: no data\\x1b[2J; mend the objective"),
 )
 
