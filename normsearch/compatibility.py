@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -71,7 +72,7 @@ def _hidden_notes(model: nn.Module) -> tuple[str, ...]:
                 continue
             hidden = {
                 id(layer): layer
-                for held in tree_leaves(value)
+                for held in _things(value)
                 if isinstance(held, nn.Module)
                 for layer in held.modules()
                 if isinstance(layer, _BatchNorm) and id(layer) not in known
@@ -85,6 +86,17 @@ def _hidden_notes(model: nn.Module) -> tuple[str, ...]:
     return tuple(notes)
 
 
+#: What most attributes are, and what holds nothing.
+_PLAIN = (int, float, str, type(None), torch.Tensor)
+
+
+def _things(value: Any) -> list[Any]:
+    """Return everything that an attribute holds, but for plain values where it takes no time to see them."""
+    if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value)):
+        return []
+    return list(tree_leaves(value))
+
+
 def _method_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...]:
     """Name attributes that are a method of a layer, as ``self.norm = self.bn.forward`` leaves behind."""
     layers = {id(model.get_submodule(site.path)): site.path for site in changed if site.kind != "functional"}
@@ -95,7 +107,7 @@ def _method_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, .
         for path, owner in model.named_modules()
         for name, held in vars(owner).items()
         if name not in _REGISTRIES
-        for value in tree_leaves(held)
+        for value in _things(held)
         if isinstance(value, MethodType) and id(value.__self__) in layers and value.__self__ is not owner
     )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dis
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from types import CodeType, FunctionType
 
 import torch
@@ -43,7 +44,7 @@ class Reading:
 
 def readings(model: nn.Module, layers: Mapping[int, nn.Module]) -> list[Reading]:
     """List what methods of a model's modules read of ``layers``, which are given by their id."""
-    known: dict[type[nn.Module], dict[str, set[tuple[str, ...]]]] = {}
+    known: dict[type[nn.Module], Mapping[str, Set[tuple[str, ...]]]] = {}
     found = []
     for owner in model.modules():
         cls = type(owner)
@@ -62,16 +63,18 @@ def readings(model: nn.Module, layers: Mapping[int, nn.Module]) -> list[Reading]
     return found
 
 
-def _methods(owner: nn.Module) -> dict[str, set[tuple[str, ...]]]:
+def _methods(owner: nn.Module) -> Mapping[str, Set[tuple[str, ...]]]:
     """Return what each method of a module reads of ``self``."""
     if isinstance(owner, fx.GraphModule):
         read = {tuple(str(node.target).split(".")) for node in owner.graph.nodes if node.op == "get_attr"}
         return {"forward": read}
-    return {
-        name: {*_chains(code, code.co_varnames[0]), *_of_parents(code)}
-        for name, code in _own_methods(type(owner))
-        if code.co_argcount
-    }
+    return {name: _of_code(code) for name, code in _own_methods(type(owner)) if code.co_argcount}
+
+
+# Bytecode takes longer to read than all else that is done to a model here.
+@lru_cache(maxsize=4096)
+def _of_code(code: CodeType) -> frozenset[tuple[str, ...]]:
+    return frozenset((*_chains(code, code.co_varnames[0]), *_of_parents(code)))
 
 
 def _own_methods(cls: type[nn.Module]) -> Iterator[tuple[str, CodeType]]:
@@ -90,7 +93,7 @@ def _own_methods(cls: type[nn.Module]) -> Iterator[tuple[str, CodeType]]:
                 seen[name] += 1
 
 
-def _passed(methods: Mapping[str, set[tuple[str, ...]]]) -> set[str]:
+def _passed(methods: Mapping[str, Set[tuple[str, ...]]]) -> set[str]:
     """Return the methods that a forward pass may come to by way of ``self`` and ``super()``."""
     waiting, passed = ["forward"], set()
     while waiting:
