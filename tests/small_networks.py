@@ -5,6 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+#: Every method that may take a BatchNorm's place in these networks.
+METHODS = [
+    "frozen",
+    "frozen(trainable=true)",
+    "group",
+    "layer",
+    "layer(axes=channel)",
+    "rms",
+    "instance",
+    "batch_renorm",
+    "batch_instance",
+    "switchable",
+]
+#: Those that fold running statistics into γ and β.
+FOLDING = ["group", "layer", "layer(axes=channel)", "rms", "instance", "switchable"]
+
 
 @torch.no_grad()
 def trained(model: nn.Module, seed: int = 0) -> nn.Module:

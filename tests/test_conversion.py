@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_networks import Shared, images, pair, trained
+from small_networks import FOLDING, METHODS, Shared, images, pair, trained
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -21,20 +21,7 @@ from normsearch import (
 
 torch.set_num_threads(1)
 
-METHODS = [
-    "frozen",
-    "frozen(trainable=true)",
-    "group",
-    "layer",
-    "layer(axes=channel)",
-    "rms",
-    "instance",
-    "batch_renorm",
-    "batch_instance",
-    "switchable",
-]
 EXACT = ["frozen", "frozen(trainable=true)", "batch_renorm", "batch_instance", "switchable(bn_logit=40)"]
-FOLDING = ["group", "layer", "layer(axes=channel)", "rms", "instance", "switchable"]
 #: These keep γ and β themselves, the very same Parameters.
 CARRYING = ["frozen", "frozen(trainable=true)", "batch_renorm", "batch_instance"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_networks import images, pair, trained
+from small_networks import METHODS, images, pair, trained
 from timm.layers import BatchNormAct2d
 from torch import nn
 
@@ -17,19 +17,6 @@ from normsearch import (
 )
 
 torch.set_num_threads(1)
-
-METHODS = [
-    "frozen",
-    "frozen(trainable=true)",
-    "group",
-    "layer",
-    "layer(axes=channel)",
-    "rms",
-    "instance",
-    "batch_renorm",
-    "batch_instance",
-    "switchable",
-]
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

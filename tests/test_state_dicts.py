@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import Shared, images, pair, trained
+from small_networks import FOLDING, METHODS, Shared, images, pair, trained
 from timm.layers import BatchNormAct2d
 from torch import nn
 
@@ -23,20 +23,6 @@ from normsearch import (
 from normsearch.plans import Plan
 
 torch.set_num_threads(1)
-
-METHODS = [
-    "frozen",
-    "frozen(trainable=true)",
-    "group",
-    "layer",
-    "layer(axes=channel)",
-    "rms",
-    "instance",
-    "batch_renorm",
-    "batch_instance",
-    "switchable",
-]
-FOLDING = ["group", "layer", "layer(axes=channel)", "rms", "instance", "switchable"]
 
 
 @pytest.mark.parametrize("method", METHODS)

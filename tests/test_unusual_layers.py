@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from small_networks import close, images, net, trained
+from small_networks import FOLDING, close, images, net, trained
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -27,7 +27,6 @@ METHODS = ["frozen", "group", "layer", "layer(axes=channel)", "rms", "batch_reno
 METHODS += ["instance", "switchable"]
 #: Methods whose new layer holds the very γ and β of the old one.
 CARRYING = ["frozen", "batch_renorm", "batch_instance"]
-FOLDING = ["group", "layer", "layer(axes=channel)", "rms", "instance", "switchable"]
 
 
 # --- options of the layer -------------------------------------------------------------------------
