@@ -257,7 +257,8 @@ class Search:
     ) -> SearchResult:
         """Confirm the best plans and return the one to use, trained.
 
-        A plan that fails when it is run again is out, and the next best takes its place.
+        A plan that fails when it is run again is out, and the next best takes its place; a seed with which
+        every plan fails gives way to another one.
 
         Raises:
             SearchError: no trial meets the constraints, every plan fails, or there is nothing to run.
@@ -270,7 +271,7 @@ class Search:
         return self._conclusion.result(confirm, top, on_progress)
 
     def forget_failures(self) -> None:
-        """Let plans that failed when they were run again have another go, as ``search`` does when called."""
+        """Let plans and seeds that failed in the confirmation have another go, as ``search`` does when called."""
         forget_failures(self.memory)
 
     @property
