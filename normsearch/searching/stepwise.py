@@ -271,7 +271,7 @@ class Search:
         return self._conclusion.result(confirm, top, on_progress)
 
     def forget_failures(self) -> None:
-        """Let plans and seeds that failed in the confirmation have another go, as ``search`` does when called."""
+        """Let plans and seeds that failed in the confirmation have another go, as ``search`` does."""
         forget_failures(self.memory)
 
     @property
