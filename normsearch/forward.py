@@ -98,8 +98,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, *, way_out: str = "use in_place=True to edit the model itself") -> nn.Module:
     """Return a deep copy, of lazy models too.
+
+    Args:
+        model: what to copy.
+        way_out: how the error ends.
 
     Raises:
         ModelError: the model cannot be copied.
@@ -116,8 +120,7 @@ def copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
-            "use in_place=True to edit the model itself"
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); {way_out}"
         ) from error
 
 

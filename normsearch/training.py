@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -61,8 +62,7 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> lis
         >>> optimizer = torch.optim.SGD(groups, momentum=0.9)
 
     """
-    _check_number("lr", lr, lr > 0, "above 0")
-    _check_number("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+    _check_rates(lr, weight_decay)
     kinds: dict[int, str] = {}
     parameters: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
@@ -177,12 +177,8 @@ def finetune(
         ... )
 
     """
-    _check_number("steps", steps, steps >= 1, "at least 1")
-    _check_number("checkpoint_every", checkpoint_every, checkpoint_every >= 1, "at least 1")
-    if warmup is not None:
-        _check_number("warmup", warmup, warmup >= 0, "at least 0")
-    if not clip > 0:
-        raise TrainingError(f"clip={clip}: give a number above 0, or math.inf to leave gradients as they are")
+    check_recipe(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip)
+    _check_number("checkpoint_every", checkpoint_every, least=1)
     if not torch.is_grad_enabled():
         raise TrainingError(
             "gradients are switched off here, by torch.no_grad() or torch.inference_mode(); call finetune "
@@ -224,10 +220,33 @@ def finetune(
     return trained
 
 
-def _check_number(name: str, value: float, fits: bool, rule: str) -> None:
-    whole = name not in ("lr", "weight_decay")
-    if not math.isfinite(value) or not fits or (whole and not isinstance(value, int)):
-        raise TrainingError(f"{name}={value}: give a {'whole' if whole else 'finite'} number {rule}")
+def check_recipe(*, steps: Any, lr: Any, weight_decay: Any, warmup: Any, clip: Any) -> None:
+    """Raise a ``TrainingError`` for arguments of ``finetune`` that are out of range."""
+    _check_number("steps", steps, least=1)
+    _check_rates(lr, weight_decay)
+    if warmup is not None:
+        _check_number("warmup", warmup, least=0)
+    if not _is_a(numbers.Real, clip) or not clip > 0:
+        raise TrainingError(
+            f"clip={clip!r}: give a number above 0, or math.inf to leave gradients as they are"
+        )
+
+
+def _check_rates(lr: Any, weight_decay: Any) -> None:
+    for name, value, rule in (("lr", lr, "above 0"), ("weight_decay", weight_decay, "at least 0")):
+        fits = _is_a(numbers.Real, value) and math.isfinite(value)
+        if not fits or value < 0 or (name == "lr" and value == 0):
+            raise TrainingError(f"{name}={value!r}: give a finite number {rule}")
+
+
+def _check_number(name: str, value: Any, *, least: int) -> None:
+    if not _is_a(numbers.Integral, value) or value < least:
+        raise TrainingError(f"{name}={value!r}: give a whole number at least {least}")
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value is a number of a kind; NumPy's are, True is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _check_loss(value: Any, step: int) -> None:

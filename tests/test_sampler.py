@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from statistics import NormalDist
 from typing import Any
 
@@ -377,6 +378,81 @@ def test_a_ceiling_is_a_finite_number() -> None:
         NormSampler(ceilings=[({"a": {"x": 1.0}}, float("nan"))])
     with pytest.raises(SearchError, match=r"ceilings\[1\]\['a'\]\['x'\] = inf"):
         NormSampler(ceilings=[({}, 1.0), ({"a": {"x": float("inf")}}, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"prior": 5}, "prior = 5: give {parameter: {choice: number}}"),
+        ({"prior": {"bn0": 5}}, "prior['bn0'] = 5: give {choice: number}"),
+        ({"costs": 5}, "costs=5: give {number of an objective: table}"),
+        ({"costs": {"x": {}}}, "costs['x']: give the objective's number"),
+        ({"costs": {-1: {}}}, "costs[-1]: give the objective's number"),
+        ({"costs": {0: {"a": {"x": "1"}}}}, "costs[0]['a']['x'] = '1': give a finite number"),
+        ({"ceilings": 5}, "ceilings=5: give a list of pairs"),
+        ({"ceilings": [5]}, "ceilings=[5]: give a list of pairs"),
+        ({"ceilings": [({}, 1.0, 2.0)]}, "give a list of pairs"),
+    ],
+)
+def test_tables_of_other_forms_are_refused(tables: dict[str, Any], said: str) -> None:
+    with pytest.raises(SearchError, match=re.escape(said)):
+        NormSampler(**tables)
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"prior": {"c": {"x": 1.0}}}, "prior is for 'c', and the study's parameters are 'bn0', 'bn1'"),
+        (
+            {"prior": {"bn0": {"x": 1.0}}},
+            "prior['bn0'] is for 'x', and the choices are 'batch', 'group', 'layer', 'instance'",
+        ),
+        ({"costs": {1: {"bn0": {"group": 1.0}}}}, "costs[1]: the study has 1 objectives"),
+        ({"costs": {0: {"bn1": {1: 1.0}}}}, "costs[0]['bn1'] is for 1, and"),
+    ],
+)
+def test_tables_that_have_nothing_to_do_with_a_study_are_refused(tables: dict[str, Any], said: str) -> None:
+    with pytest.raises(SearchError, match=re.escape(said)):
+        run(2, seed=0, **tables)
+
+
+def test_a_table_may_name_less_than_there_is_and_more() -> None:
+    run(20, seed=0, prior={"bn3": {"group": 1.0, "of old": 2.0}, "gone": {"x": 1.0}})
+
+
+@pytest.mark.parametrize(
+    "choices", [(0, 0.0, False, "a"), (1, True, None, 1.0), (float("nan"), float("nan"), 0, "a")]
+)
+def test_equal_choices_are_one_as_they_are_to_optuna(choices: tuple[Any, ...]) -> None:
+    def score(trial: optuna.Trial) -> float:
+        return sum(repr(trial.suggest_categorical(f"bn{i}", choices)) == repr(choices[-1]) for i in range(3))
+
+    study = optuna.create_study(direction="maximize", sampler=NormSampler(seed=0))
+    study.optimize(score, n_trials=20)
+    plans = [tuple(map(repr, trial.params.values())) for trial in study.trials]
+    distinct = len(
+        {optuna.distributions.CategoricalDistribution(choices).to_internal_repr(c) for c in choices}
+    )
+    assert len(set(plans)) == min(20, distinct**3)
+
+
+def test_choices_need_not_be_hashable() -> None:
+    def score(trial: optuna.Trial) -> float:
+        return sum(trial.suggest_categorical(f"bn{i}", [[1, 2], [3], "a"]) == [3] for i in range(3))
+
+    study = optuna.create_study(direction="maximize", sampler=NormSampler(seed=0))
+    with pytest.warns(UserWarning, match="persistent storage"):
+        study.optimize(score, n_trials=20)
+    assert study.best_value == 3
+
+
+def test_scores_beyond_what_can_be_squared_count_as_the_worst() -> None:
+    def exploding(trial: optuna.Trial) -> float:
+        value = objective(trial)
+        return 1e300 if "instance" in trial.params.values() else -value
+
+    study = run(30, objective=exploding, direction="minimize", seed=0)
+    assert np.mean([trial.value < 1e300 for trial in study.trials[15:]]) > 0.5
 
 
 def test_plans_of_failed_and_pruned_trials_are_not_proposed_again() -> None:

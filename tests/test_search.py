@@ -174,8 +174,12 @@ def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
         with pytest.raises(SearchError, match="give a trial that ask returned"):
             run.plan(nothing)  # type: ignore[arg-type]
     trial = run.ask()
-    for values, said in ((float("nan"), "finite"), ("good", "returned str"), ([0.1, 0.2], "2 numbers for 1")):
-        with pytest.raises(SearchError, match=said):
+    for values, said in (
+        (float("nan"), "nan; give finite numbers, or None for a trial that failed"),
+        ("good", "'good'; give a number"),
+        ([0.1, 0.2], "2 numbers, the study has one direction; give one"),
+    ):
+        with pytest.raises(SearchError, match=f"trial 0 was told {said}"):
             run.tell(trial, values)  # type: ignore[arg-type]
     # It can still be told.
     run.tell(trial, 0.5)
@@ -251,15 +255,56 @@ def test_leases_end_with_their_search() -> None:
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        ("good", "returned str"),
-        ((1.0, 2.0), "2 numbers for 1 directions"),
-        (float("nan"), "finite numbers"),
-        (None, "NoneType"),
+        ("3", "'3'; give a number"),
+        ((1.0, 2.0), "2 numbers, the study has one direction; give one"),
+        (float("nan"), "nan; give finite numbers, or raise optuna.TrialPruned"),
+        (1e160, "1e\\+160; give finite numbers"),
+        (10**400, "a int; give a number"),
+        (None, "None; give a number"),
+        (torch.zeros(2, 2), "a Tensor; give a number"),
+        (network(), "a Net; give a number"),
     ],
 )
 def test_an_objective_that_returns_something_else(returned: Any, said: str) -> None:
-    with pytest.raises(SearchError, match=said):
+    with pytest.raises(SearchError, match=f"the objective returned {said}"):
         normsearch.search(network(), lambda model, trial: returned, **OPTIONS)
+
+
+def test_a_search_that_is_pruned_throughout_says_by_what() -> None:
+    def objective(model: nn.Module, trial: Any) -> float:
+        if trial.number == 0:
+            raise KeyError("label")
+        raise optuna.TrialPruned("hopeless")
+
+    said = (
+        r"no trial of '.*' has a score: 1 failed \(trial 0: KeyError: 'label'\), 5 pruned by the objective "
+        r"\(trial 1: hopeless\); mend the objective or let it return a number for some plans"
+    )
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(network(), objective, **{**OPTIONS, "n_trials": 6})
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    model = network()
+    model.lock = threading.Lock()
+    said = (
+        r"Net cannot be copied \(TypeError: .*\); plans are tried on a copy: give a model that copy.deepcopy"
+    )
+    with pytest.raises(ModelError, match=said):
+        normsearch.search(model, Planted(), **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array, torch.tensor])
+@pytest.mark.parametrize("count", [1, 2])
+def test_objectives_return_numbers_in_any_container(kind: Any, count: int) -> None:
+    def objective(model: nn.Module, trial: Any) -> Any:
+        return kind([0.5, 2.0][:count])
+
+    search = Search(
+        network(), objective, methods=["batch", "group"], n_trials=2, directions=["maximize"] * count
+    )
+    search.optimize()
+    assert [trial.values for trial in search.study.trials] == [[0.5, 2.0][:count]] * 2
 
 
 @pytest.mark.parametrize(

@@ -223,9 +223,7 @@ def test_a_saturated_score_has_no_effects() -> None:
     assert "All trials scored the same: the score tells no method from another." in told
 
 
-# What NumPy says of the surrogate's numbers, which overflow.
-@pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
-@pytest.mark.parametrize("size", [1e38, 1e160, -1e160, 1e300])
+@pytest.mark.parametrize("size", [1e38, 1e99, -1e99])
 @pytest.mark.parametrize("at", [[3], range(100)])
 def test_reports_bear_large_scores(size: float, at: Any) -> None:
     def objective(model: nn.Module, trial: Any) -> float:

@@ -12,11 +12,13 @@ import pytest
 import torch
 from searched import OPTIONS, network, pairs, task
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import normsearch
-from normsearch.errors import SearchError
+from normsearch.errors import SearchError, TrainingError
 from normsearch.searching import (
     Recipe,
+    Search,
     Task,
 )
 from normsearch.searching.checking import check_objective
@@ -145,10 +147,93 @@ def test_a_metric_that_fails_on_the_original_is_named() -> None:
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"logits": self.net(x)}
 
-    said = r"the metric normsearch.searching.tasks.accuracy failed on the original \(AttributeError: 'dict'"
+    said = r"on the original, accuracy is for outputs \(N, classes, …\), and the network's are of dict"
     with pytest.raises(SearchError, match=said):
         normsearch.search(Named(), task(), **OPTIONS)
-    with pytest.raises(
-        SearchError, match=r"the metric .*<lambda> failed on the original \(ZeroDivisionError"
-    ):
-        normsearch.search(network(), task(metric=lambda model, given: 1 / 0), **OPTIONS)
+
+    def top(model: nn.Module, batches: Any) -> float:
+        return float(model(next(iter(batches))[0])["score"])
+
+    said = r"on the original, the metric top failed \(KeyError: 'score'\); try top\(model.eval\(\), val"
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(Named(), task(metric=top), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("0.5", "the metric <lambda> returned '0.5'; give a number"),
+        (None, "the metric <lambda> returned None; give a number"),
+        ((0.5, 0.6), "the metric <lambda> returned 2 numbers"),
+        (float("nan"), "the metric <lambda> returned nan; give finite numbers"),
+    ],
+)
+def test_a_metric_returns_one_number(returned: Any, said: str) -> None:
+    with pytest.raises(SearchError, match=f"on the original, {said}"):
+        normsearch.search(network(), task(metric=lambda model, batches: returned), **OPTIONS)
+
+
+def test_a_metric_that_gives_a_plan_up_prunes_it() -> None:
+    def impatient(model: nn.Module, batches: Any) -> float:
+        if any(isinstance(layer, nn.GroupNorm) for layer in model.modules()):
+            raise optuna.TrialPruned("hopeless")
+        return 0.5
+
+    search = Search(network(), task(metric=impatient, steps=1), methods=["batch", "group"], n_trials=2)
+    search.optimize()
+    assert [trial.state.name for trial in search.study.trials[:2]] == ["COMPLETE", "PRUNED"]
+    assert search.study.trials[1].user_attrs["error"] == "hopeless"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x, y: (x, F.one_hot(y, 3)), r"here of shape \(8,\), and got targets of shape \(8, 3\)"),
+        (lambda x, y: (x, y[:4]), r"got targets of shape \(4,\)"),
+        (lambda x, y: (x, y.tolist()), "got targets of list"),
+        (lambda x, y: (x.numpy(), y), "validation gives NumPy arrays; give tensors"),
+    ],
+)
+def test_targets_are_numbers_of_classes(change: Any, said: str) -> None:
+    validation = [change(*pair) for pair in pairs(4)]
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(network(), task(validation=validation), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": None}, "train=None: give a DataLoader"),
+        ({"validation": 5}, "validation=5: give a DataLoader"),
+        ({"confirmation": 5}, "confirmation=5: give a DataLoader"),
+        ({"validation": torch.utils.data.DataLoader([None])}, "validation cannot be read: TypeError"),
+        ({"confirmation": torch.utils.data.DataLoader([None])}, "confirmation cannot be read: TypeError"),
+    ],
+)
+def test_splits_that_cannot_be_read_are_refused_at_once(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SearchError, match=said):
+        task(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 0}, "steps=0: give a whole number at least 1"),
+        ({"steps": True}, "steps=True: give a whole number"),
+        ({"steps": "5"}, "steps='5': give a whole number"),
+        ({"lr": 0.0}, "lr=0.0: give a finite number above 0"),
+        ({"lr": "high"}, "lr='high': give a finite number"),
+        ({"weight_decay": -1}, "weight_decay=-1: give a finite number at least 0"),
+        ({"warmup": 1.5}, "warmup=1.5: give a whole number at least 0"),
+        ({"clip": 0}, "clip=0: give a number above 0"),
+        ({"clip": None}, "clip=None: give a number above 0"),
+    ],
+)
+def test_recipes_are_checked_when_they_are_made(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(TrainingError, match=said):
+        Recipe(**changes)
+
+
+def test_a_scalar_target_is_one_sample() -> None:
+    batches = [(torch.randn(1, 1, 8, 8), torch.tensor(1)) for _ in range(3)]
+    assert task(confirmation=batches).confirmed_on() == 3

@@ -396,28 +396,35 @@ class TestOutcomes:
             if trial.number == 1:
                 raise ValueError("loss exploded")
             if trial.number == 2:
-                raise optuna.TrialPruned
+                raise optuna.TrialPruned("hopeless")
             return score(trial)
 
         run(study, evaluate, n=4)
         assert states(study) == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
+        assert study.trials[2].user_attrs["error"] == "hopeless"
         assert study.trials[1].user_attrs["error"] == "ValueError: loss exploded"
 
     @pytest.mark.parametrize(
         ("returned", "message"),
         [
-            (float("nan"), "the objective returned nan; give finite numbers"),
-            (float("-inf"), "the objective returned -inf; give finite numbers"),
-            (None, "the objective returned None; give numbers"),
-            ("much", "the objective returned 'much'; give numbers"),
-            ([1.0, 2.0], "the objective returned 2 values, the study has 1 directions"),
+            (
+                float("nan"),
+                "nan; give finite numbers, or raise optuna.TrialPruned for a plan that is to be given up",
+            ),
+            (
+                float("-inf"),
+                "-inf; give finite numbers, or raise optuna.TrialPruned for a plan that is to be given up",
+            ),
+            (None, "None; give a number"),
+            ("much", "'much'; give a number"),
+            ([1.0, 2.0], "2 numbers, the study has one direction; give one"),
         ],
     )
     def test_values_that_are_no_scores_fail(self, returned: Any, message: str) -> None:
         study = make_study()
         run(study, lambda trial: returned if trial.number == 1 else 1.0, n=3)
         assert states(study) == ["COMPLETE", "FAIL", "COMPLETE"]
-        assert study.trials[1].user_attrs["error"] == message
+        assert study.trials[1].user_attrs["error"] == f"the objective returned {message}"
 
     def test_several_objectives(self) -> None:
         study = make_study(directions=("maximize", "minimize"))

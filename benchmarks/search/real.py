@@ -40,8 +40,8 @@ from benchmarks.finetuning import T95
 from benchmarks.search.problems import PROBLEMS, Problem
 from normsearch.searching import NormSampler, Resident, SearchSpace, accuracy
 from normsearch.searching.confirming import candidates, decide
+from normsearch.searching.encoding import Table as Prior
 from normsearch.searching.objectives import Evaluation
-from normsearch.searching.sampler import Table as Prior
 from normsearch.searching.supernet import sense
 from normsearch.sensitivities import Sensitivity
 
@@ -55,6 +55,7 @@ _DECIDING = (
     "ceilings",
     "climbing",
     "confirming",
+    "encoding",
     "learned",
     "objectives",
     "preparing",

@@ -11,12 +11,13 @@ import torch
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from normsearch.errors import ModelError, NormsearchError, SearchError
 from normsearch.forward import is_lazy
 from normsearch.methods import Method
 from normsearch.searching.objectives import seeded
-from normsearch.searching.tasks import Task
+from normsearch.searching.tasks import Task, is_read
 from normsearch.training_state import generators_of
 
 #: The largest seed: what is added to it must fit torch's generators.
@@ -78,7 +79,7 @@ def check_callback(on_progress: Any) -> None:
 def check_inputs(inputs: Any) -> None:
     """Raise a ``SearchError`` for inputs that are no batches."""
     single = isinstance(inputs, torch.Tensor | np.ndarray | Mapping | str)
-    if inputs is not None and (single or not _is_read(inputs)):
+    if inputs is not None and (single or not is_read(inputs)):
         raise SearchError(f"inputs= is a {type(inputs).__name__}: give a list of batches, [inputs] for one")
 
 
@@ -115,6 +116,7 @@ def check_objective(objective: Any) -> None:
         if pairs is None and name == "confirmation":
             continue
         first = _first(name, pairs)
+        _refuse_arrays(name, first)
         if not isinstance(first, tuple | list) or len(first) != 2:
             size = f" of {len(first)}" if isinstance(first, tuple | list | dict) else ""
             raise SearchError(
@@ -125,8 +127,6 @@ def check_objective(objective: Any) -> None:
 
 def _first(name: str, pairs: Any) -> Any:
     """Return the first batch; every generator is left as it was."""
-    if not _is_read(pairs):
-        raise SearchError(f"{name}={pairs!r}: give a DataLoader, or a list of pairs (inputs, targets)")
     generators = [(one, one.get_state()) for one in generators_of(pairs)]
     try:
         with seeded(0):
@@ -144,6 +144,6 @@ def _first(name: str, pairs: Any) -> Any:
     raise SearchError(f"{name} has no batch; give one that holds some")
 
 
-def _is_read(things: Any) -> bool:
-    """Say whether a for loop may read something."""
-    return hasattr(type(things), "__iter__") or hasattr(type(things), "__getitem__")
+def _refuse_arrays(name: str, batch: Any) -> None:
+    if any(isinstance(leaf, np.ndarray) for leaf in tree_leaves(batch)):
+        raise SearchError(f"{name} gives NumPy arrays; give tensors, as torch.from_numpy(array)")

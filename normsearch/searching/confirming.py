@@ -13,8 +13,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from normsearch.errors import SearchError
+from normsearch.searching.encoding import Table
 from normsearch.searching.posterior import Posterior
-from normsearch.searching.sampler import Table
 from normsearch.searching.space import SearchSpace
 
 #: One-sided 90 % quantiles of Student's t by degrees of freedom; the normal's from 30 on.
@@ -170,21 +170,37 @@ def _quantile(freedom: int) -> float:
 def _nothing(study: Study) -> str:
     trials = study.get_trials(deepcopy=False)
     failed = [t for t in trials if t.state == TrialState.FAIL]
-    pruned = [t for t in trials if t.state == TrialState.PRUNED and t.constraints]
+    pruned = [t for t in trials if t.state == TrialState.PRUNED]
+    over = [t for t in pruned if any(value > 0 for value in t.constraints.values())]
+    given_up = [t for t in pruned if t not in over]
     broken = [t for t in trials if t.state == TrialState.COMPLETE]
     if broken:
         nearest = min(broken, key=lambda t: sum(max(v, 0) for v in t.constraints.values()))
-        over = ", ".join(f"{name} by {value:.3g}" for name, value in nearest.constraints.items() if value > 0)
+        missed = ", ".join(f"{name} by {v:.3g}" for name, v in nearest.constraints.items() if v > 0)
         return (
             f"none of {len(broken)} finished trials meets the constraints; the nearest, trial "
-            f"{nearest.number}, misses {over}; loosen them, or give more trials or methods"
+            f"{nearest.number}, misses {missed}; loosen them, or give more trials or methods"
         )
-    if pruned:
-        nearest = min(pruned, key=lambda t: max(t.constraints.values()))
+    if over and not given_up:
+        nearest = min(over, key=lambda t: max(t.constraints.values()))
         name, excess = max(nearest.constraints.items(), key=lambda item: item[1])
         return (
             f"every plan that was proposed is above {name}, the cheapest, trial {nearest.number}, by "
             f"{excess:.3g} of the original's cost; loosen it, or give cheaper methods"
         )
-    why = failed[0].user_attrs.get("error", "") if failed else ""
-    return f"no trial of {study.study_name!r} has finished{': ' + why if why else ''}; run more trials"
+    if not pruned and not failed:
+        return f"no trial of {study.study_name!r} has finished; run more trials"
+    counts = (
+        (failed, "failed", "mend the objective"),
+        (given_up, "pruned by the objective", "let it return a number for some plans"),
+        (over, "above a ceiling", "loosen it"),
+    )
+    told = [f"{len(several)} {what}{_first_reason(several)}" for several, what, _ in counts if several]
+    ways = [way for several, _, way in counts if several]
+    return f"no trial of {study.study_name!r} has a score: {', '.join(told)}; {' or '.join(ways)}"
+
+
+def _first_reason(trials: Sequence[FrozenTrial]) -> str:
+    """Return what the first of some trials says of itself, in brackets."""
+    why = trials[0].user_attrs.get("error")
+    return f" (trial {trials[0].number}: {why})" if why else ""

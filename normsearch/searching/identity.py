@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from optuna.exceptions import OptunaError
 from torch.utils._pytree import tree_leaves
 
-from normsearch.errors import NormsearchError, SearchError
+from normsearch.errors import SearchError
 from normsearch.searching.resident import Resident
 from normsearch.searching.tasks import Task
 
@@ -33,7 +33,10 @@ def identity(resident: Resident, objective: Any) -> dict[str, str]:
     if not isinstance(objective, Task):
         return found | ({} if objective is None else {"objective": _name(objective)})
     with resident.borrowed() as model:
-        score = _scored(objective, model)
+        try:
+            score = objective.score(model)
+        except (SearchError, OptunaError) as error:
+            raise SearchError(f"on the original, {error}") from error
     return found | {
         "recipe": repr(objective.recipe),
         "loss": _name(objective.loss),
@@ -43,19 +46,7 @@ def identity(resident: Resident, objective: Any) -> dict[str, str]:
     }
 
 
-def _scored(task: Task, model: nn.Module) -> float:
-    try:
-        return task.score(model)
-    except NormsearchError:
-        raise
-    except Exception as error:
-        raise SearchError(
-            f"the metric {_name(task.metric)} failed on the original ({type(error).__name__}: {error}); try "
-            "metric(model.eval(), validation) by hand"
-        ) from error
-
-
-def _hash(model: nn.Module) -> str:
+def _hash(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

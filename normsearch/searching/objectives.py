@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from normsearch.plans import Plan
 from normsearch.searching.constraints import CEILINGS, Constraint, MaxDrop, MaxLatency, MaxMemory
 from normsearch.searching.costs import CostTable
 from normsearch.searching.learned import learned_params
+from normsearch.searching.outcomes import scores_in
 from normsearch.searching.resident import Resident
 from normsearch.searching.space import SearchSpace
 
@@ -113,32 +113,29 @@ class Evaluation:
                 found[type(constraint).__name__] = ratio - constraint.ratio
         return found
 
-    def with_costs(self, trial: Trial, returned: Any) -> tuple[float, ...]:
-        """Return an objective's numbers with the plan's costs."""
-        return (*self.numbers(returned), *self._cost(self.space.plan(trial.params)))
+    def with_costs(self, trial: Trial, told: Any) -> tuple[float, ...]:
+        """Return a trial's numbers, as its objective was run by hand, with the plan's costs.
+
+        Raises:
+            SearchError: they are not finite numbers, one for each direction.
+
+        """
+        values = scores_in(
+            told,
+            len(self.directions),
+            what=f"trial {trial.number} was told",
+            way_out="give finite numbers, or None for a trial that failed",
+        )
+        return (*values, *self._cost(self.space.plan(trial.params)))
 
     def numbers(self, returned: Any) -> tuple[float, ...]:
-        """Return what an objective returned as finite numbers, one for each direction.
+        """Return what the objective returned as finite numbers, one for each direction.
 
         Raises:
             SearchError: it is anything else.
 
         """
-        several = returned if isinstance(returned, tuple | list) else (returned,)
-        try:
-            values = tuple(float(value) for value in several)
-        except (TypeError, ValueError):
-            raise SearchError(
-                f"the objective returned {type(returned).__name__}; return a number, or one per direction"
-            ) from None
-        if len(values) != len(self.directions):
-            raise SearchError(
-                f"the objective returned {len(values)} numbers for {len(self.directions)} directions "
-                f"({', '.join(self.directions)}); return one for each"
-            )
-        if not all(map(math.isfinite, values)):
-            raise SearchError(f"the objective returned {', '.join(map(str, values))}; return finite numbers")
-        return values
+        return scores_in(returned, len(self.directions))
 
     def _cost(self, plan: Plan) -> tuple[float, ...]:
         return tuple(0.0 if self.table is None else self.table.of(plan, cost) for cost in self.costs)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from optuna.trial import TrialState
+from torch import Tensor
 
 from normsearch.errors import SearchError
 
 #: So many first trials that fail in the same way are no accident.
 _SAME_FAILURES = 3
-_LONGEST_ERROR = 1000
+LONGEST_ERROR = 1000
+_LONGEST_VALUE = 60
+#: Larger scores are those of networks that diverged; squares of theirs must be finite too.
+_LARGEST = 1e100
+_WAY_OUT = "give finite numbers, or raise optuna.TrialPruned for a plan that is to be given up"
 
 
 @dataclass(frozen=True)
@@ -54,19 +59,50 @@ class Failures:
 
 def checked(returned: Any, wanted: int) -> Outcome:
     """Return the outcome of an evaluation that returned something."""
-    several = isinstance(returned, Sequence) and not isinstance(returned, str)
-    values = list(returned) if several else [returned]
-    if len(values) != wanted:
-        return failed(f"the objective returned {len(values)} values, the study has {wanted} directions")
     try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
-        return failed(f"the objective returned {returned!r}; give numbers")
-    if not all(math.isfinite(number) for number in numbers):
-        return failed(f"the objective returned {returned!r}; give finite numbers")
-    return Outcome(TrialState.COMPLETE, numbers)
+        return Outcome(TrialState.COMPLETE, list(scores_in(returned, wanted)))
+    except SearchError as error:
+        return failed(str(error))
+
+
+def scores_in(
+    returned: Any, wanted: int, *, what: str = "the objective returned", way_out: str = _WAY_OUT
+) -> tuple[float, ...]:
+    """Return what an objective returned as finite numbers.
+
+    Args:
+        returned: a number, or several in a list, a tuple, an array or a tensor.
+        wanted: how many there are to be.
+        what: how the error begins.
+        way_out: how it ends where a number is not finite.
+
+    Raises:
+        SearchError: they are no numbers, not as many, not finite, or larger than 1e100.
+
+    """
+    given = returned.tolist() if isinstance(returned, np.ndarray | np.generic | Tensor) else returned
+    several = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else (given,)
+    try:
+        if any(isinstance(value, str | bytes) for value in several):
+            raise TypeError
+        numbers = tuple(float(value) for value in several)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise SearchError(
+            f"{what} {_shown(returned)}; give {'a number' if wanted == 1 else f'{wanted} numbers'}"
+        ) from None
+    if len(numbers) != wanted:
+        plural = f"{wanted} directions; give one for each" if wanted > 1 else "one direction; give one"
+        raise SearchError(f"{what} {len(numbers)} numbers, the study has {plural}")
+    if not all(abs(number) <= _LARGEST for number in numbers):
+        raise SearchError(f"{what} {', '.join(map(str, numbers))}; {way_out}")
+    return numbers
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE and "\n" not in text else f"a {type(value).__name__}"
 
 
 def failed(message: str, cause: Exception | None = None) -> Outcome:
     """Return the outcome of an evaluation that failed."""
-    return Outcome(TrialState.FAIL, error=message[:_LONGEST_ERROR], cause=cause)
+    return Outcome(TrialState.FAIL, error=message[:LONGEST_ERROR], cause=cause)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
 
-from normsearch.searching.sampler import Table
+from normsearch.searching.encoding import Table
 from normsearch.searching.space import SearchSpace
 from normsearch.searching.surrogate import PlanSurrogate, Space
 

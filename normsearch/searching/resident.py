@@ -15,6 +15,8 @@ from normsearch.plans import Plan
 from normsearch.sites import with_calls_lifted
 from normsearch.surgery import HOOKS, replace_layers
 
+_COPIES = "plans are tried on a copy: give a model that copy.deepcopy can copy"
+
 
 @dataclass(frozen=True)
 class _Kept:
@@ -51,7 +53,7 @@ class Resident:
 
     def __init__(self, model: nn.Module) -> None:
         # F.batch_norm calls become layers once, for all plans.
-        self._model = with_calls_lifted(copied(model))
+        self._model = with_calls_lifted(copied(model, way_out=_COPIES))
         self._modules = list(self._model.modules())
         self._tensors: list[tuple[dict[str, Any], str, _Kept]] = []
         for module in self._modules:

@@ -21,11 +21,18 @@ from normsearch.searching.acquisitions import (
 )
 from normsearch.searching.ceilings import Ceilings
 from normsearch.searching.climbing import Climb, Goal, KnownSum
+from normsearch.searching.encoding import (
+    Encoding,
+    Table,
+    checked_ceilings,
+    checked_costs,
+    checked_table,
+    distinct,
+)
 from normsearch.searching.surrogate import Floats, Plans, PlanSurrogate, Space
 
-#: Contribution of each choice of each parameter: {"layer1.bn": {"group": 0.1, "batch": -0.2}, …}.
-Table = Mapping[str, Mapping[str, float]]
-
+#: A score beyond is as bad as an infinite one: sums of squares of larger ones are.
+_LARGEST = 1e100
 #: How many standard deviations a proposal may hope for.
 _HOPE = 2.0
 _STARTS = 3
@@ -42,8 +49,9 @@ class NormSampler(BaseSampler):
     as if they had returned what is expected of them. Proposals depend on the seed,
     the trial's number and the trials so far only: a study that is resumed goes on as it would have.
 
-    A trial whose constraints are violated, or whose score is infinitely bad, counts as the worst so far; the
-    plan of a failed or pruned trial is not proposed again. Parameters other than categoricals,
+    A trial whose constraints are violated, or whose score is infinite (or beyond 1e100), counts as the worst
+    so far; the plan of a failed or pruned trial is not proposed again. Equal choices of a parameter
+    (0, 0.0 and False) are one choice, as they are to Optuna. Parameters other than categoricals,
     and those that not every trial has, are sampled at random.
 
     Args:
@@ -56,7 +64,9 @@ class NormSampler(BaseSampler):
             may have.
 
     Raises:
-        SearchError: ``seed`` is negative or no whole number, or a table or limit is no finite number.
+        SearchError: ``seed`` is negative or no whole number; a table is none, or holds other than finite
+            numbers; or, when a plan is asked for, a table names no parameter of the study or no choice of
+            one, or ``costs`` an objective that the study does not have.
 
     Example:
         >>> import optuna
@@ -83,21 +93,18 @@ class NormSampler(BaseSampler):
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise SearchError(f"seed={seed!r}: give a whole number, at least 0")
         self._seed = seed
-        self._prior = None if prior is None else _checked("prior", prior)
-        self._costs = {index: _checked(f"costs[{index}]", table) for index, table in (costs or {}).items()}
-        self._ceilings = [
-            (_checked(f"ceilings[{index}]", table), _finite(f"ceilings[{index}]'s limit", limit))
-            for index, (table, limit) in enumerate(ceilings)
-        ]
+        self._prior = None if prior is None else checked_table("prior", prior)
+        self._costs = checked_costs({} if costs is None else costs)
+        self._ceilings = checked_ceilings(ceilings)
         self._spaces = IntersectionSearchSpace()
-        self._problem: _Problem | None = None
+        self._problem: Encoding | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the categoricals that every trial so far has, in the order of the first."""
         space = {
             name: distribution
             for name, distribution in self._spaces.calculate(study).items()
-            if isinstance(distribution, CategoricalDistribution) and len(distribution.choices) > 1
+            if isinstance(distribution, CategoricalDistribution) and len(distinct(distribution)) > 1
         }
         first = next((t for t in _trials(study, TrialState.COMPLETE) if set(space) <= set(t.params)), None)
         order = list(space) if first is None else [name for name in first.params if name in space]
@@ -109,9 +116,11 @@ class NormSampler(BaseSampler):
         """Return the next plan."""
         if not search_space:
             return {}
-        problem = _Problem(search_space)
+        problem = Encoding(search_space)
         if self._problem is not None and self._problem.choices == problem.choices:
             problem = self._problem
+        else:
+            self._check(problem, study)
         self._problem = problem
         rng = np.random.default_rng([self._seed, trial.number])
         done = [t for t in _trials(study, TrialState.COMPLETE) if problem.holds(t)]
@@ -164,12 +173,26 @@ class NormSampler(BaseSampler):
             ]
         return self._elsewhere(trial).sample_independent(study, trial, param_name, param_distribution)
 
+    def _check(self, problem: Encoding, study: Study) -> None:
+        """Raise a ``SearchError`` for tables that have nothing to do with a study."""
+        objectives = len(study.directions)
+        for index in self._costs:
+            if index >= objectives:
+                raise SearchError(
+                    f"costs[{index}]: the study has {objectives} objectives, numbered from 0; give "
+                    "costs= for those that are known sums"
+                )
+        if self._prior is not None:
+            problem.check("prior", self._prior)
+        for index, table in self._costs.items():
+            problem.check(f"costs[{index}]", table)
+
     def _elsewhere(self, trial: FrozenTrial) -> BaseSampler:
         from optuna.samplers import RandomSampler
 
         return RandomSampler(seed=(self._seed * 1_000_003 + trial.number) % 2**32)
 
-    def _first(self, problem: _Problem, ceilings: Ceilings) -> list[Plans]:
+    def _first(self, problem: Encoding, ceilings: Ceilings) -> list[Plans]:
         """Return every uniform plan; without a prior, then as many where each site meets each method once.
 
         Uniform plans over a ceiling are left out, the others replaced by what is near and under it.
@@ -201,7 +224,7 @@ class NormSampler(BaseSampler):
 
     def _goal(
         self,
-        problem: _Problem,
+        problem: Encoding,
         study: Study,
         index: int,
         plans: Plans,
@@ -213,7 +236,7 @@ class NormSampler(BaseSampler):
         values *= sign
         infeasible = np.array([not _allowed(trial) for trial in done])
         # As bad as the worst: the process learns to stay away, whatever such a plan scored.
-        finite = np.isfinite(values)
+        finite = np.abs(values) <= _LARGEST
         worst = values[finite].min() if finite.any() else 0.0
         values = np.where(infeasible | ~finite, worst, values)
         if index in self._costs:
@@ -234,70 +257,8 @@ def _fitted(
     )
 
 
-class _Problem:
-    """Trials as rows of numbers and back: one number per choice, shared by all parameters that have it."""
-
-    def __init__(self, search_space: Mapping[str, BaseDistribution]) -> None:
-        self.names = list(search_space)
-        self._rows: dict[int, tuple[FrozenTrial, tuple[int, ...]]] = {}
-        choices = [d.choices for d in search_space.values() if isinstance(d, CategoricalDistribution)]
-        self.choices = list(zip(self.names, choices, strict=True))
-        # 1, 1.0 and True are equal in Python and three choices in Optuna.
-        words = {_key(choice): choice for some in choices for choice in some}
-        self._words = list(words.values())
-        self._numbers = {key: number for number, key in enumerate(words)}
-        allowed = np.zeros((len(self.names), len(self._words)), dtype=bool)
-        for row, some in enumerate(choices):
-            allowed[row, [self._numbers[_key(choice)] for choice in some]] = True
-        self.space = Space(allowed)
-
-    def holds(self, trial: FrozenTrial) -> bool:
-        """Whether a trial has every parameter."""
-        return all(name in trial.params for name in self.names)
-
-    def read(self, trial: FrozenTrial) -> tuple[int, ...]:
-        """Return a trial's plan."""
-        # Finished trials do not change, and storages give the same objects again.
-        known, row = self._rows.get(trial.number, (None, ()))
-        if known is not trial:
-            row = tuple(self._numbers[_key(trial.params[name])] for name in self.names)
-            if trial.state.is_finished():
-                self._rows[trial.number] = trial, row
-        return row
-
-    def write(self, plan: Plans) -> dict[str, Any]:
-        """Return a plan as parameters."""
-        return {name: self._words[int(number)] for name, number in zip(self.names, plan, strict=True)}
-
-    def permitted(self, plan: Plans) -> Plans:
-        """Return a plan with the site's first method wherever the given one may not stand."""
-        fits = self.space.allowed[np.arange(len(plan)), plan]
-        return np.where(fits, plan, self.space.allowed.argmax(1))
-
-    def ceilings(self, given: Sequence[tuple[Table, float]]) -> Ceilings:
-        """Return ceilings of tables and their limits."""
-        tables = np.array([self.table(table) for table, _ in given])
-        limits = np.array([limit for _, limit in given], dtype=np.float64)
-        return Ceilings(self.space, tables.reshape(-1, *self.space.allowed.shape), limits)
-
-    def table(self, given: Table) -> Floats:
-        """Return a table as (L, K); what it does not name counts as the mean of what it does."""
-        result = np.zeros((len(self.names), len(self._words)))
-        for row, name in enumerate(self.names):
-            row_of = {_key(choice): value for choice, value in given.get(name, {}).items()}
-            known = {self._numbers[key]: value for key, value in row_of.items() if key in self._numbers}
-            result[row] = np.mean(list(known.values())) if known else 0.0
-            for number, value in known.items():
-                result[row, number] = value
-        return result
-
-
 def _allowed(trial: FrozenTrial) -> bool:
     return all(value <= 0 for value in trial.constraints.values())
-
-
-def _key(choice: Any) -> tuple[type, Any]:
-    return type(choice), choice
 
 
 def _trials(study: Study, *states: TrialState) -> list[FrozenTrial]:
@@ -311,16 +272,3 @@ def _least(table: Table, params: Mapping[str, Any]) -> float:
         row[params[name]] if params.get(name) in row else min(row.values(), default=0.0)
         for name, row in table.items()
     )
-
-
-def _checked(what: str, table: Table) -> Table:
-    for name, row in table.items():
-        for choice, value in row.items():
-            _finite(f"{what}[{name!r}][{choice!r}]", value)
-    return table
-
-
-def _finite(what: str, value: float) -> float:
-    if not isinstance(value, int | float) or not np.isfinite(value):
-        raise SearchError(f"{what} = {value!r}: give a finite number")
-    return value

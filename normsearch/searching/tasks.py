@@ -8,13 +8,15 @@ from itertools import islice
 from typing import Any
 
 import torch
+from optuna.exceptions import OptunaError
 from optuna.trial import BaseTrial
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from normsearch.errors import SearchError
+from normsearch.errors import NormsearchError, SearchError
 from normsearch.forward import call, evaluating
-from normsearch.training import Loss, finetune
+from normsearch.searching.outcomes import scores_in
+from normsearch.training import Loss, check_recipe, finetune
 from normsearch.training_state import generators_of
 
 #: A number for a network and the pairs (inputs, targets) to measure it on; larger is better.
@@ -32,6 +34,9 @@ class Recipe:
         warmup: steps over which the rate rises; by default a tenth of ``steps``.
         clip: the largest joint norm of the gradients.
 
+    Raises:
+        TrainingError: a number is out of range.
+
     """
 
     steps: int = 200
@@ -39,6 +44,9 @@ class Recipe:
     weight_decay: float = 1e-2
     warmup: int | None = None
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_recipe(**vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +67,8 @@ class Task:
         confirmation: pairs that the best plans are confirmed on; ``validation`` is then used whole.
 
     Raises:
-        SearchError: ``validation`` has a single batch, and there is no ``confirmation``.
+        SearchError: something is of another kind, a split cannot be read, or ``validation`` has a single
+            batch and there is no ``confirmation``.
 
     Example:
         >>> import torch
@@ -90,22 +99,27 @@ class Task:
                     f"{name} is a {type(pairs).__name__}, which can be read only once; give a list or a "
                     "DataLoader"
                 )
+            if not is_read(pairs) and (pairs is not None or name != "confirmation"):
+                raise SearchError(
+                    f"{name}={pairs!r}: give a DataLoader, or a list of pairs (inputs, targets)"
+                )
         if not isinstance(self.recipe, Recipe):
             raise SearchError(f"recipe={self.recipe!r}: give a Recipe, as Recipe(steps=200, lr=1e-3)")
         for name in ("loss", "metric"):
             if not callable(getattr(self, name)):
                 raise SearchError(f"{name}={getattr(self, name)!r}: give a function")
         if self.confirmation is not None:
-            if next(iter(self.confirmation), None) is None:
+            if not _first("confirmation", self.confirmation, 1):
                 raise SearchError("confirmation has no batch; give one that holds some, or leave it out")
             return
-        first = list(islice(self.validation, 2))
+        first = _first("validation", self.validation, 2)
         if len(first) < 2:
             raise SearchError(
                 "validation has fewer than two batches, so that none can be kept to confirm by; give smaller "
                 "batches, or confirmation="
             )
-        if not _same(first[0], next(iter(self.validation))):
+        again = _first("validation", self.validation, 1)
+        if not again or not _same(first[0], again[0]):
             raise SearchError(
                 "validation gives other batches each time it is read, so that none can be kept to confirm "
                 "by; give a loader that does not shuffle, or confirmation="
@@ -129,7 +143,7 @@ class Task:
 
     def confirmed_on(self) -> int:
         """Return the number of samples in the split that trials do not see."""
-        return sum(len(targets) if hasattr(targets, "__len__") else 1 for _, targets in self._kept())
+        return sum(_samples(targets) for _, targets in self._kept())
 
     def _kept(self) -> Iterable[Any]:
         return _Every(self.validation, 2, 1) if self.confirmation is None else self.confirmation
@@ -146,8 +160,18 @@ class Task:
         finetune(model, train, loss=self.loss, in_place=True, **vars(self.recipe))
 
     def _score(self, model: nn.Module, pairs: Iterable[Any]) -> float:
+        named = getattr(self.metric, "__name__", type(self.metric).__name__)
         with evaluating(model):
-            return float(self.metric(model, pairs))
+            try:
+                returned = self.metric(model, pairs)
+            except (NormsearchError, OptunaError):
+                raise
+            except Exception as error:
+                raise SearchError(
+                    f"the metric {named} failed ({type(error).__name__}: {error}); try "
+                    f"{named}(model.eval(), validation) by hand"
+                ) from error
+        return scores_in(returned, 1, what=f"the metric {named} returned")[0]
 
 
 @dataclass(frozen=True)
@@ -172,6 +196,29 @@ class _Shuffled:
         return (self.pairs[number] for number in torch.randperm(len(self.pairs)).tolist())
 
 
+def is_read(things: Any) -> bool:
+    """Say whether a for loop may read something."""
+    return hasattr(type(things), "__iter__") or hasattr(type(things), "__getitem__")
+
+
+def _first(name: str, pairs: Iterable[Any], count: int) -> list[Any]:
+    """Return the first batches of a split."""
+    try:
+        return list(islice(iter(pairs), count))
+    except NormsearchError:
+        raise
+    except Exception as error:
+        raise SearchError(
+            f"{name} cannot be read: {type(error).__name__}: {error}; try next(iter({name}))"
+        ) from error
+
+
+def _samples(targets: Any) -> int:
+    if isinstance(targets, Tensor) and not targets.dim():
+        return 1
+    return len(targets) if hasattr(targets, "__len__") else 1
+
+
 def _same(one: Any, other: Any) -> bool:
     pairs = zip(tree_leaves(one), tree_leaves(other), strict=False)
     return all(not isinstance(a, Tensor) or (isinstance(b, Tensor) and _equal(a, b)) for a, b in pairs)
@@ -188,13 +235,34 @@ def seed_loader(loader: Iterable[Any]) -> None:
 
 
 def accuracy(model: nn.Module, pairs: Iterable[Any]) -> float:
-    """Return the share of inputs whose largest output is the target's class; outputs (N, classes, …)."""
+    """Return the share of inputs whose largest output is the target's class.
+
+    Args:
+        model: gives outputs (N, classes, …).
+        pairs: inputs, and targets (N, …): the numbers of classes.
+
+    Raises:
+        SearchError: outputs or targets have another form, outputs hold NaN, or there is no pair.
+
+    """
     right = total = 0
     for inputs, targets in pairs:
         output = call(model, inputs)
+        if not isinstance(output, Tensor) or output.dim() < 2:
+            form = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise SearchError(
+                f"accuracy is for outputs (N, classes, …), and the network's are of {form}; give a metric of "
+                "your own, a function of (model, pairs)"
+            )
         if output.isnan().any():
             raise SearchError("the network's outputs hold NaN; look for NaN in the inputs, or lower the rate")
         found = output.argmax(1)
+        if not isinstance(targets, Tensor) or targets.shape != found.shape:
+            form = f"shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+            raise SearchError(
+                f"accuracy takes the numbers of classes, here of shape {tuple(found.shape)}, and got targets "
+                f"of {form}; give targets.argmax(1) where they are one-hot, or a metric of your own"
+            )
         right += int((found == targets).sum())
         total += targets.numel()
     if not total:

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from normsearch.errors import SearchError
 from normsearch.searching.leases import ERROR, HeldLease, Leases, LeaseTerms, persistently
-from normsearch.searching.outcomes import Failures, Outcome, checked, failed
+from normsearch.searching.outcomes import LONGEST_ERROR, Failures, Outcome, checked, failed
 
 #: The system attribute of trials that two workers made where one was left; they do not count.
 _SURPLUS = "normsearch:surplus"
@@ -222,8 +222,8 @@ class _Worker:
     def _evaluated(self, trial: Trial, evaluate: Callable[[Trial], float | Sequence[float]]) -> Outcome:
         try:
             returned = evaluate(trial)
-        except TrialPruned:
-            return Outcome(TrialState.PRUNED)
+        except TrialPruned as given_up:
+            return Outcome(TrialState.PRUNED, error=str(given_up)[:LONGEST_ERROR])
         except (StorageInternalError, UpdateFinishedTrialError):
             # The storage's failure, or another worker's success; not the objective's failure.
             raise

@@ -1,0 +1,173 @@
+"""Encoding: trials of categoricals, and tables of what each choice adds, as numbers for the surrogate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import FrozenTrial
+
+from normsearch.errors import SearchError
+from normsearch.searching.ceilings import Ceilings
+from normsearch.searching.surrogate import Floats, Plans, Space
+
+#: Contribution of each choice of each parameter: {"layer1.bn": {"group": 0.1, "batch": -0.2}, …}.
+Table = Mapping[str, Mapping[str, float]]
+
+
+class Encoding:
+    """Trials as rows of numbers and back: one number per choice, shared by all parameters that have it."""
+
+    def __init__(self, search_space: Mapping[str, BaseDistribution]) -> None:
+        self.names = list(search_space)
+        self._rows: dict[int, tuple[FrozenTrial, tuple[int, ...]]] = {}
+        self._distributions = [d for d in search_space.values() if isinstance(d, CategoricalDistribution)]
+        self.choices = [(name, d.choices) for name, d in zip(self.names, self._distributions, strict=True)]
+        words: list[Any] = []
+        # Of each parameter, the numbers of its choices by their index, which is what Optuna stores.
+        self._numbers: list[dict[int, int]] = []
+        for distribution in self._distributions:
+            self._numbers.append({})
+            for index in distinct(distribution):
+                choice = distribution.choices[index]
+                known = (number for number, word in enumerate(words) if _alike(word, choice))
+                self._numbers[-1][index] = next(known, len(words))
+                if self._numbers[-1][index] == len(words):
+                    words.append(choice)
+        self._indices = [{number: index for index, number in row.items()} for row in self._numbers]
+        allowed = np.zeros((len(self.names), len(words)), dtype=bool)
+        for row, numbers in enumerate(self._numbers):
+            allowed[row, list(numbers.values())] = True
+        self.space = Space(allowed)
+
+    def holds(self, trial: FrozenTrial) -> bool:
+        """Whether a trial has every parameter."""
+        return all(name in trial.params for name in self.names)
+
+    def read(self, trial: FrozenTrial) -> tuple[int, ...]:
+        """Return a trial's plan."""
+        # Finished trials do not change, and storages give the same objects again.
+        known, plan = self._rows.get(trial.number, (None, ()))
+        if known is not trial:
+            plan = tuple(
+                numbers[int(distribution.to_internal_repr(trial.params[name]))]
+                for name, distribution, numbers in zip(
+                    self.names, self._distributions, self._numbers, strict=True
+                )
+            )
+            if trial.state.is_finished():
+                self._rows[trial.number] = trial, plan
+        return plan
+
+    def write(self, plan: Plans) -> dict[str, Any]:
+        """Return a plan as parameters."""
+        return {
+            name: distribution.choices[indices[int(number)]]
+            for name, distribution, indices, number in zip(
+                self.names, self._distributions, self._indices, plan, strict=True
+            )
+        }
+
+    def permitted(self, plan: Plans) -> Plans:
+        """Return a plan with the site's first method wherever the given one may not stand."""
+        fits = self.space.allowed[np.arange(len(plan)), plan]
+        return np.where(fits, plan, self.space.allowed.argmax(1))
+
+    def ceilings(self, given: Sequence[tuple[Table, float]]) -> Ceilings:
+        """Return ceilings of tables and their limits."""
+        tables = np.array([self.table(table) for table, _ in given])
+        limits = np.array([limit for _, limit in given], dtype=np.float64)
+        return Ceilings(self.space, tables.reshape(-1, *self.space.allowed.shape), limits)
+
+    def table(self, given: Table) -> Floats:
+        """Return a table as (L, K); what it does not name counts as the mean of what it does."""
+        result = np.zeros(self.space.allowed.shape)
+        for row, name in enumerate(self.names):
+            known = self._known(row, given.get(name, {}))
+            result[row] = np.mean(list(known.values())) if known else 0.0
+            for number, value in known.items():
+                result[row, number] = value
+        return result
+
+    def check(self, what: str, given: Table) -> None:
+        """Raise a ``SearchError`` for a table that names no parameter that there is, or no choice of one."""
+        if given and not any(name in given for name in self.names):
+            raise SearchError(
+                f"{what} is for {_some(given)}, and the study's parameters are {_some(self.names)}; give "
+                "{parameter: {choice: number}}"
+            )
+        for row, name in enumerate(self.names):
+            if given.get(name) and not self._known(row, given[name]):
+                raise SearchError(
+                    f"{what}[{name!r}] is for {_some(given[name])}, and the choices are "
+                    f"{_some(self._distributions[row].choices)}; give {{choice: number}}"
+                )
+
+    def _known(self, row: int, given: Mapping[Any, float]) -> dict[int, float]:
+        """Return the values of a parameter's choices by number, those of other choices left out."""
+        known = {}
+        for choice, value in given.items():
+            with suppress(ValueError):
+                index = int(self._distributions[row].to_internal_repr(choice))
+                known[self._numbers[row][index]] = value
+        return known
+
+
+def distinct(distribution: CategoricalDistribution) -> list[int]:
+    """Return the indices of the choices that Optuna tells apart: the first of equal ones."""
+    choices = distribution.choices
+    return [index for index, choice in enumerate(choices) if distribution.to_internal_repr(choice) == index]
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two choices count as one method: equal and of one type, or both NaN."""
+    return type(one) is type(other) and bool(one == other or (one != one and other != other))
+
+
+def _some(words: Iterable[Any]) -> str:
+    """Return the first few of some names."""
+    listed = [repr(word) for word in words]
+    return ", ".join(listed[:4]) + (", …" if len(listed) > 4 else "")
+
+
+def checked_costs(costs: Any) -> dict[int, Table]:
+    """Return tables by objective; raise a ``SearchError`` for anything else."""
+    if not isinstance(costs, Mapping):
+        raise SearchError(f"costs={costs!r}: give {{number of an objective: table}}")
+    for index in costs:
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise SearchError(f"costs[{index!r}]: give the objective's number, from 0 on")
+    return {index: checked_table(f"costs[{index}]", table) for index, table in costs.items()}
+
+
+def checked_ceilings(ceilings: Any) -> list[tuple[Table, float]]:
+    """Return pairs of tables and limits; raise a ``SearchError`` for anything else."""
+    if not isinstance(ceilings, Sequence) or any(
+        not isinstance(one, Sequence) or len(one) != 2 for one in ceilings
+    ):
+        raise SearchError(f"ceilings={ceilings!r}: give a list of pairs (table, limit)")
+    return [
+        (checked_table(f"ceilings[{index}]", table), _finite(f"ceilings[{index}]'s limit", limit))
+        for index, (table, limit) in enumerate(ceilings)
+    ]
+
+
+def checked_table(what: str, table: Any) -> Table:
+    """Return a table of finite numbers; raise a ``SearchError`` for anything else."""
+    if not isinstance(table, Mapping):
+        raise SearchError(f"{what} = {table!r}: give {{parameter: {{choice: number}}}}")
+    for name, row in table.items():
+        if not isinstance(row, Mapping):
+            raise SearchError(f"{what}[{name!r}] = {row!r}: give {{choice: number}}")
+        for choice, value in row.items():
+            _finite(f"{what}[{name!r}][{choice!r}]", value)
+    return table
+
+
+def _finite(what: str, value: Any) -> float:
+    if not isinstance(value, int | float | np.number) or not np.isfinite(value):
+        raise SearchError(f"{what} = {value!r}: give a finite number")
+    return float(value)
