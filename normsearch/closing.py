@@ -26,8 +26,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from normsearch.aten_layers import Written, in_program, state_of, unguarded, written
-from normsearch.opening import Layer, Opening, opening_of
+from normsearch.opening import Opening, opening_of
 from normsearch.operators import weighted
+from normsearch.program_layers import Layer
 
 #: Where a program's metadata holds what this package writes there; torch.export saves it as JSON.
 _CUSTOM = "normsearch"

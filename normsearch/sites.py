@@ -20,7 +20,8 @@ from normsearch.forward import copied, unwrapped
 from normsearch.functional import FunctionalCall, find_functional_calls, names_batch_norm
 from normsearch.lifting import FunctionalBatchNorm, lifted
 from normsearch.observation import Observation, observe
-from normsearch.opening import Left, Model, as_module, opening_of
+from normsearch.opening import Model, as_module, opening_of
+from normsearch.program_layers import Left
 from normsearch.readings import readings
 from normsearch.reparametrization import out_channels
 from normsearch.tracing import WEIGHTED, Traces

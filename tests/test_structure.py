@@ -16,8 +16,8 @@ PACKAGE = Path(normsearch.__file__).parent
 #: Lower modules first; a module imports only from its own row's left or from rows above.
 LAYERS = (
     ("errors", "progress", "reparametrization", "layer_sources", "text", "operators", "readings"),
-    ("forward", "registries", "files", "tables", "batches"),
-    ("tracing", "architectures"),
+    ("forward", "registries", "files", "tables", "batches", "program_tensors"),
+    ("tracing", "architectures", "program_layers"),
     ("passes", "observation", "memory", "aten_calls"),
     ("compiled",),
     ("moments", "opening"),
