@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
-from PIL import Image
-from rich.console import Console
+from commanding import MODEL, NAME, RESNET, cli, interrupted, output, process, saved, weights
 from safetensors.torch import load_file
 from torch import nn
-from typer.testing import CliRunner
 
 import normsearch
-from normsearch import METHODS, Architecture, reporting
-from normsearch.admission.images import Preparation, find_images, read_image
-from normsearch.arguments import read_architecture, read_to
-from normsearch.cli import COMMANDS, app
-from normsearch.commands import running
-from normsearch.commands.wording import in_options
-from normsearch.tables import Column, Listing
-
-NAME = "timm/resnet10t"
-RESNET = Architecture(NAME, {"num_classes": 3})
-MODEL = ["--architecture", NAME, "--arguments", "num_classes=3"]
+from normsearch import METHODS, Architecture
+from normsearch.cli import COMMANDS
 
 
 @pytest.fixture(autouse=True)
@@ -46,39 +29,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def weights() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    state: dict[str, torch.Tensor] = normsearch.build(RESNET).state_dict()
-    for name, value in state.items():
-        if name.endswith("running_var"):
-            value.uniform_(0.5, 2)
-    return state
-
-
 @pytest.fixture
-def checkpoint(weights: dict[str, torch.Tensor], folder: Path) -> str:
-    torch.save({"state_dict": weights}, folder / "x.pth")
-    return "x.pth"
-
-
-def cli(*words: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, (result.output, result.exception)
-    # Whatever happens, no traceback.
-    assert "Traceback" not in result.output
-    assert code == 0 or result.stderr
-    return result
-
-
-def output(*words: str) -> Any:
-    return json.loads(cli(*words, "--json").stdout)
-
-
-def process(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "normsearch", *words], capture_output=True, text=True, check=False, **options
-    )
+def checkpoint(folder: Path) -> str:
+    return saved(folder)
 
 
 def test_convert_writes_all_that_is_needed(checkpoint: str, folder: Path) -> None:
@@ -289,10 +242,10 @@ def test_the_batch_size_that_was_measured_is_said(checkpoint: str, folder: Path)
 
 
 def test_half_precision_checkpoint_gets_half_precision_inputs(
-    folder: Path, weights: dict[str, torch.Tensor]
+    folder: Path,
 ) -> None:
     state = {
-        name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()
+        name: value.bfloat16() if value.is_floating_point() else value for name, value in weights().items()
     }
     torch.save(state, "h.pth")
     result = cli("sites", "h.pth", *MODEL, "--input-shape", "3x64x64", "--json")
@@ -429,27 +382,6 @@ def test_no_output_replaces_an_input_or_another_output(checkpoint: str, folder: 
     assert not (folder / "o_model.py").exists()
 
 
-def interrupted(words: list[str], started: Path) -> tuple[int, str]:
-    """Run a command, interrupt it once a file is there, and return its exit code and stderr."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "normsearch", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A test run in the background inherits an ignored SIGINT; the command is one in the foreground.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as running_command:
-        try:
-            while not started.exists():
-                assert running_command.poll() is None
-                time.sleep(0.05)
-            running_command.send_signal(signal.SIGINT)
-            _, stderr = running_command.communicate(timeout=30)
-        finally:
-            running_command.kill()
-    return running_command.returncode, stderr
-
-
 def test_interrupt_is_clean(checkpoint: str, folder: Path) -> None:
     (folder / "slow_network.py").write_text(
         "import time\nfrom pathlib import Path\n"
@@ -504,144 +436,11 @@ def test_help_names_every_command() -> None:
         assert "--json" in cli(command, "--help").stdout
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("tiny", "tiny"),
-        ("3", 3),
-        ("0.5", 0.5),
-        ("true", True),
-        ('"3"', "3"),
-        ("[1]", "[1]"),
-        ("", ""),
-        ("a=b", "a=b"),
-    ],
-)
-def test_arguments_are_read_as_json_or_text(text: str, value: object) -> None:
-    architecture = read_architecture("timm/resnet18", [f"x={text}"])
-    assert architecture is not None
-    assert architecture.arguments == {"x": value}
-    assert type(architecture.arguments["x"]) is type(value)
-
-
-def test_to_is_read_like_in_python() -> None:
-    assert read_to(["group"]) == {"*": ["group"]}
-    assert read_to(["instance,group(groups=8)"]) == {"*": ["instance", "group(groups=8)"]}
-    assert read_to(["group", "a.*=batch_renorm(r_max=2, d_max=1),rms"]) == {
-        "a.*": ["batch_renorm(r_max=2, d_max=1)", "rms"],
-        "*": ["group"],
-    }
-
-
-# Tables and words
-
-
-def columns(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    for console in (running.OUT, running.ERR):
-        monkeypatch.setattr(console, "_width", width)
-
-
-@pytest.mark.parametrize("width", [60, 80, 160])
-def test_tables_fit_the_terminal_and_break_no_name(
-    width: int, checkpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    columns(monkeypatch, width)
-    paths = [site["path"] for site in output("sites", checkpoint, *MODEL)]
-    for words in (
-        ["methods"],
-        ["sites", checkpoint, *MODEL, "--input-shape", "3x64x64"],
-        ["plan", checkpoint, *MODEL, "--to", "group"],
-    ):
-        printed = cli(*words).stdout
-        assert max(map(len, printed.splitlines())) <= width
-        names = list(METHODS) if words == ["methods"] else paths
-        first = [line.split()[0] for line in printed.splitlines() if line[:1].strip()]
-        assert [word for word in first if word in names] == names
-        assert "batch_ren\n" not in printed
-
-
-def test_columns_that_say_nothing_or_have_no_room_are_named(
-    checkpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    columns(monkeypatch, 60)
-    printed = cli("sites", checkpoint, *MODEL, "--input-shape", "3x64x64").stdout
-    assert "everywhere: layer BatchNorm2d, kind batch, eps 1e-05" in " ".join(printed.split())
-    assert "no room for: producer" in printed
-    columns(monkeypatch, 200)
-    printed = cli("sites", checkpoint, *MODEL, "--input-shape", "3x64x64").stdout
-    assert "no room" not in printed
-    assert "layer1.0.conv1" in printed
-
-
-def test_options_are_printed_as_they_are_typed() -> None:
-    printed = cli("methods").stdout
-    assert "trainable=false" in printed
-    assert "groups=per site" in printed
-    assert "False" not in printed
-    assert "None" not in printed
-
-
-def test_names_in_tables_cannot_drive_the_terminal() -> None:
-    listing = Listing("t", (Column("site"), Column("notes", prose=True)), [("a\x1b[2Jb", "\u202ec")])
-    console = Console(file=io.StringIO(), width=60)
-    console.print(listing)
-    assert isinstance(console.file, io.StringIO)
-    assert "a\\x1b[2Jb" in console.file.getvalue()
-    assert "\\u202ec" in console.file.getvalue()
-
-
-def test_errors_speak_in_options(folder: Path) -> None:
-    (folder / "lazy_network.py").write_text(
-        "from torch import nn\n"
-        "def network():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d())\n"
-    )
-    sys.modules.pop("lazy_network", None)
-    result = cli("plan", "-a", "lazy_network:network", "--to", "group", code=1)
-    assert "give --inputs or --input-shape" in result.stderr
-    for text in (result.stderr, " ".join(result.stdout.split())):
-        assert not re.search(r"\b(inputs|where|outputs|in_place|force)=", text)
-
-
-@pytest.mark.parametrize(
-    ("python", "options"),
-    [
-        (
-            "leave it out with where=lambda site: site.kind != 'custom', or",
-            "leave it out with --to 'PATH=batch', or",
-        ),
-        ("or leave it out with where=", "or leave it out with --to 'PATH=batch'"),
-        (
-            "a.pth exists; choose another name, or replace it with force=True (--force)",
-            "or replace it with --force",
-        ),
-        ("untie them first, or keep='affine'", "untie them first, or --keep affine"),
-        (
-            "logits=True needs outputs (N, classes, ...), got (3,); pick with outputs=",
-            "--logits needs outputs",
-        ),
-        ("X cannot be copied (E: m); use in_place=True to edit the model itself", "convert without --report"),
-        (
-            "give a model and what convert made of it, or outputs=, a function that picks comparable tensors "
-            "(outputs=lambda output: () matches the sites alone, as a detector's boxes need)",
-            "what convert made of it; from Python, outputs= picks what is compared",
-        ),
-        (
-            "check the inputs, or give outputs= to pick finite ones",
-            "check the inputs; from Python, outputs= picks what is compared",
-        ),
-    ],
-)
-def test_python_is_said_in_options(python: str, options: str) -> None:
-    said = in_options(python)
-    assert options in said
-    assert not re.search(r"\b(where|force|keep|in_place)=", said)
-
-
-def test_entries_are_asked_for_with_the_option(weights: dict[str, torch.Tensor]) -> None:
-    torch.save({"params_ema": weights}, "esrgan.pth")
+def test_entries_are_asked_for_with_the_option() -> None:
+    torch.save({"params_ema": weights()}, "esrgan.pth")
     assert "give --entry 'params_ema'" in cli("sites", "esrgan.pth", *MODEL, code=1).stderr
     cli("sites", "esrgan.pth", *MODEL, "--entry", "params_ema")
-    torch.save({"state_dict": weights, "model_ema": weights}, "both.pth")
+    torch.save({"state_dict": weights(), "model_ema": weights()}, "both.pth")
     assert "--entry 'model_ema' takes it instead" in cli("sites", "both.pth", *MODEL).stderr
 
 
@@ -664,213 +463,3 @@ def test_two_conversions_share_a_folder(checkpoint: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     for found, name in zip(torch.load("y.pt"), ("a", "b-1", "2"), strict=True):
         torch.testing.assert_close(found, normsearch.load(f"{name}.safetensors").model(torch.load("x.pt")))
-
-
-# Inputs from folders, sensitivity, calibrate, report
-
-
-@pytest.fixture
-def pictures(folder: Path) -> str:
-    (folder / "pictures").mkdir()
-    for number in range(8):
-        pixels = np.random.default_rng(number).integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{number}.png")
-    return "pictures"
-
-
-def test_commands_take_a_folder_of_images(checkpoint: str, pictures: str) -> None:
-    images = ["--inputs", pictures, "--image-size", "32"]
-    result = cli("sites", checkpoint, *MODEL, *images, "--batch-size", "3", "--json")
-    assert json.loads(result.stdout)[0]["input_shapes"][0][0] == 3
-    assert "note: 8 of 8 images in pictures, 32 pixels square" in result.stderr
-    made = output(
-        "convert", checkpoint, *MODEL, *images, "--to", "group", "-o", "o.safetensors", "--report", "r.json"
-    )
-    report = output("compare", checkpoint, "o.safetensors", *MODEL, *images, "--batch-size", "4")
-    assert report["drift"] == pytest.approx(made["report"]["drift"])
-    x = torch.stack([read_image(path, Preparation(32)) for path in find_images(Path(pictures))])
-    models = [normsearch.load("x.pth", RESNET).model, normsearch.load("o.safetensors").model]
-    expected = normsearch.compare(*models, [x]).drift.relative_l2
-    assert report["drift"]["relative_l2"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_arrays_of_another_type_are_cast_with_a_note(checkpoint: str, folder: Path) -> None:
-    np.savez(folder / "x.npz", np.random.default_rng(0).standard_normal((2, 3, 32, 32)))
-    result = cli("sites", checkpoint, *MODEL, "--inputs", "x.npz")
-    assert "is float64 and was cast to the network's float32" in result.stderr
-    np.savez(folder / "bytes.npz", np.zeros((2, 3, 32, 32), np.uint8))
-    assert "scaled as in training" in cli("sites", checkpoint, *MODEL, "--inputs", "bytes.npz", code=1).stderr
-
-
-def test_sensitivity(checkpoint: str, pictures: str, folder: Path) -> None:
-    words = [
-        "sensitivity",
-        checkpoint,
-        *MODEL,
-        "--inputs",
-        pictures,
-        "--image-size",
-        "32",
-        "--batch-size",
-        "4",
-    ]
-    few = [*words, "--to", "group,instance", "--to", "identity", "--site", "*bn1"]
-    result = cli(*few, "-o", "s.json", "--threshold", "0.1")
-    found = normsearch.Sensitivity.from_json((folder / "s.json").read_text())
-    assert found.methods == ("group", "instance", "identity")
-    assert all(site.endswith("bn1") for site in found.sites)
-    model = normsearch.load("x.pth", RESNET).model
-    x = [read_image(path, Preparation(32)) for path in find_images(Path(pictures))]
-    batches = [torch.stack(x[:4]), torch.stack(x[4:])]
-    expected = normsearch.sensitivity(model, ["group"], batches, sites=["bn1"])
-    assert found.drift["bn1"]["group"] == pytest.approx(expected.drift["bn1"]["group"], rel=1e-3)
-    vetoes = found.vetoes(0.1)
-    assert (
-        f"{sum(map(len, vetoes.values()))} vetoes at {len(vetoes)} of {len(found.sites)} sites"
-        in result.stdout
-    )
-    assert json.loads(cli(*few, "--json").stdout)["methods"] == ["group", "instance", "identity"]
-    noise = cli(
-        "sensitivity", checkpoint, *MODEL, "--input-shape", "3x32x32", "--to", "frozen", "--batch-size", "2"
-    )
-    assert "note: inputs are random numbers" in noise.stderr
-    assert "no veto" in noise.stdout
-
-
-def test_report(checkpoint: str, pictures: str, folder: Path) -> None:
-    images = ["--inputs", pictures, "--image-size", "32", "--batch-size", "4"]
-    cli("convert", checkpoint, *MODEL, "--to", "switchable", "-o", "o.safetensors")
-    cli("sensitivity", checkpoint, *MODEL, *images, "--to", "switchable", "-o", "s.json", "--site", "bn1")
-    common = ["report", checkpoint, "o.safetensors", *MODEL, *images]
-    result = cli(*common, "--sensitivity", "s.json", "--logits", "-o", "r.html", "--title", "<mine>")
-    assert result.stdout == "wrote r.html, r.json\n"
-    made = reporting.Document.from_json((folder / "r.json").read_text())
-    assert made.title == "<mine>"
-    kinds = [section.kind for section in made.sections]
-    assert kinds == ["summary", "layers", "sensitivity", "gates", "cost", "dependence", "notes"]
-    x = torch.stack([read_image(path, Preparation(32)) for path in find_images(Path(pictures))])
-    models = [normsearch.load("x.pth", RESNET).model, normsearch.load("o.safetensors").model]
-    expected = normsearch.compare(*models, [x], logits=True).drift
-    summary = made.section(reporting.Summary)
-    assert summary is not None
-    assert summary.converted is not None
-    assert summary.converted.relative_l2 == pytest.approx(expected.relative_l2, rel=1e-4)
-    # Nothing is replaced; the JSON gives the same page again.
-    assert "r.html exists" in cli(*common, "-o", "r.json", code=1).stderr
-    before = (folder / "r.html").read_text()
-    cli("report", "r.json", "-o", "again.html")
-    assert (folder / "again.html").read_text() == before
-    assert json.loads(cli("report", "r.json", "--json").stdout) == json.loads((folder / "r.json").read_text())
-    (folder / "bad.json").write_text("{}")
-    assert "not a report" in cli("report", "bad.json", "-o", "b.html", code=1).stderr
-    # Without inputs: what needs no forward pass.
-    short = json.loads(cli("report", checkpoint, "o.safetensors", *MODEL, "--json").stdout)
-    assert [section["kind"] for section in short["sections"]] == ["summary", "layers", "gates"]
-
-
-def test_report_refuses_checkpoints_that_do_not_belong_together(checkpoint: str) -> None:
-    cli("convert", checkpoint, *MODEL, "--to", "group", "-o", "o.safetensors", "--no-script")
-    cli("convert", checkpoint, *MODEL, "--to", "rms", "-o", "p.safetensors", "--no-script")
-    for words, message in (
-        (["o.safetensors", checkpoint], "give the original first"),
-        ([checkpoint, "o.safetensors", "--calibrated", "p.safetensors"], "has another plan"),
-    ):
-        assert message in cli("report", *words, *MODEL, "-o", "r.html", code=1).stderr
-    other = ["-a", NAME, "--arguments", "num_classes=4"]
-    torch.save(normsearch.build(Architecture(NAME, {"num_classes": 4})).state_dict(), "y.pth")
-    assert "does not fit" in cli("report", "y.pth", "o.safetensors", *other, "-o", "r.html", code=1).stderr
-
-
-def test_calibrate(checkpoint: str, pictures: str, folder: Path) -> None:
-    images = ["--inputs", pictures, "--image-size", "32", "--batch-size", "2"]
-    cli("convert", checkpoint, *MODEL, "--to", "group", "-o", "o.safetensors")
-    common = ["calibrate", checkpoint, "o.safetensors", *MODEL, *images, "--budget", "6"]
-    result = cli(*common, "-o", "c.safetensors", "--report", "c.html")
-    assert "held-out error" in result.stdout
-    assert result.stdout.endswith("wrote c.safetensors, c_model.py, c.html, c.json\n")
-    again = output(*common, "-o", "d.safetensors", "--no-script")
-    assert again["written"] == ["d.safetensors"]
-    one, two = load_file("c.safetensors"), load_file("d.safetensors")
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    original, converted = normsearch.load("x.pth", RESNET).model, normsearch.load("o.safetensors").model
-    calibrated = normsearch.load("c.safetensors")
-    assert calibrated.plan == normsearch.load("o.safetensors").plan
-    x = torch.stack([read_image(path, Preparation(32)) for path in find_images(Path(pictures))])
-    drifts = [normsearch.compare(original, m, [x]).drift.relative_l2 for m in (converted, calibrated.model)]
-    assert drifts[1] < drifts[0]
-    made = reporting.Document.from_json((folder / "c.json").read_text())
-    done, summary = made.section(reporting.CalibrationPart), made.section(reporting.Summary)
-    assert done is not None
-    assert summary is not None
-    assert summary.converted is not None
-    assert summary.calibrated is not None
-    found = [summary.converted.relative_l2, summary.calibrated.relative_l2]
-    assert found == pytest.approx(drifts, rel=1e-4)
-    assert done.after == pytest.approx(again["calibration"]["error"]["after"])
-    torch.save(x, "x.pt")
-    code = (
-        "import sys; sys.modules['normsearch'] = None\n"
-        "import torch; from c_model import load; torch.save(load()(torch.load('x.pt')), 'y.pt')"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    torch.testing.assert_close(torch.load("y.pt"), calibrated.model(x))
-    assert "exists" in cli(*common, "-o", "c.safetensors", code=1).stderr
-
-
-SLOW = """
-import time
-from pathlib import Path
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv1d(2, 16, 3)
-        self.norm = nn.BatchNorm1d(16)
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls > 3 and Path("go").exists():
-            Path("started").touch()
-            time.sleep(60)
-        return self.norm(self.conv(x))
-"""
-
-
-def test_interrupted_calibration_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "slow_net.py").write_text(SLOW)
-    sys.modules.pop("slow_net", None)
-    monkeypatch.syspath_prepend(folder)
-    model = ["-a", "slow_net:Net"]
-    network = normsearch.build(Architecture("slow_net:Net"), allow_factories=True)
-    torch.save(network.state_dict(), "x.pth")
-    np.savez(folder / "x.npz", np.random.default_rng(0).standard_normal((8, 2, 9)).astype(np.float32))
-    cli("convert", "x.pth", *model, "--to", "group", "-o", "o.safetensors", "--no-script")
-    (folder / "go").touch()
-    before = set(os.listdir(folder))
-    words = ["calibrate", "x.pth", "o.safetensors", *model, "--inputs", "x.npz", "--batch-size", "2", "-o"]
-    returncode, stderr = interrupted([*words, "c.safetensors", "--report", "c.html"], folder / "started")
-    assert returncode == 130
-    assert stderr.strip().splitlines()[-1] == "interrupted; nothing half-written is left"
-    assert set(os.listdir(folder)) - {"__pycache__"} == (before | {"started"}) - {"__pycache__"}
-
-
-def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    monkeypatch.setattr(running, "ERR", console)
-    with running.following() as follow:
-        follow(normsearch.Progress("distilling", 3, 10, 3725.0, "error 0.1\x1b[2J"))
-        follow(normsearch.Progress("reading", 2, 0, None))
-    assert isinstance(console.file, io.StringIO)
-    shown = console.file.getvalue()
-    assert "distilling" in shown
-    assert "3/10" in shown
-    assert "1:02:05 left" in shown
-    assert "\\x1b[2J" in shown
-    console = Console(file=io.StringIO(), force_terminal=False)
-    monkeypatch.setattr(running, "ERR", console)
-    with running.following() as follow:
-        follow(normsearch.Progress("distilling", 3, 10, 65.0))
-    assert console.file.getvalue().strip() == ""
