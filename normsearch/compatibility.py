@@ -45,11 +45,19 @@ def refused_operators(model: nn.Module) -> None:
         )
 
 
-def model_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...]:
+def model_notes(
+    model: nn.Module, changed: Sequence[NormSite], renumbered: Sequence[NormSite]
+) -> tuple[str, ...]:
     """Name layers that a conversion cannot reach, and methods that read what it replaces.
 
     RepVGG, RepViT, LeViT, FastViT and their like fuse BatchNorm into convolutions in such methods, which
     fail afterwards; a forward that reads a site's γ or β gets other numbers, or fails.
+
+    Args:
+        model: what is to be converted.
+        changed: sites that get another layer.
+        renumbered: those of them whose γ and β are others then, or are elsewhere.
+
     """
     hidden = _hidden_notes(model)
     if not changed:
@@ -58,7 +66,7 @@ def model_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...
         *hidden,
         *_method_notes(model, changed),
         *_statistics_notes(model, changed),
-        *_affine_notes(model, changed),
+        *_affine_notes(model, renumbered),
     )
 
 
@@ -141,10 +149,10 @@ def _statistics_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[st
     )
 
 
-def _affine_notes(model: nn.Module, changed: Sequence[NormSite]) -> tuple[str, ...]:
+def _affine_notes(model: nn.Module, renumbered: Sequence[NormSite]) -> tuple[str, ...]:
     layers = {
         id(layer): layer
-        for site in changed
+        for site in renumbered
         if site.kind in ("batch", "sync", "frozen", "lazy")
         for layer in (model.get_submodule(site.path),)
     }

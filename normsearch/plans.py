@@ -189,7 +189,17 @@ def explain(
         refused_operators(model)
         _refuse_converted(model)
     rows = decided(sites, to, where, type(model).__name__)
-    return Explanation(rows, model_notes(model, [row.site for row in rows if row.method != _BATCH]))
+    changed = [row for row in rows if row.method != _BATCH]
+    renumbered = [
+        row.site for row in changed if row.method is None or not _keeps_affine(row.method, row.site)
+    ]
+    return Explanation(rows, model_notes(model, [row.site for row in changed], renumbered))
+
+
+def _keeps_affine(method: Method, site: NormSite) -> bool:
+    """Whether a site's γ and β stay as they are, and where they are."""
+    # timm's norm + act layers become a Sequential, which has the numbers one level below.
+    return method.carries_parameters and site.activation is None
 
 
 def _refuse_converted(model: nn.Module) -> None:

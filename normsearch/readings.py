@@ -116,6 +116,9 @@ def _chains(code: CodeType, first: str) -> Iterator[tuple[str, ...]]:
         if chain is not None and name in ("LOAD_ATTR", "LOAD_METHOD"):
             chain = (*chain, value)
             continue
+        if name == "COPY":
+            # An assignment within an expression: what is on the stack is read on.
+            continue
         if chain:
             yield chain
         # Newer Pythons store or load two names in one instruction: what is loaded last is read from.
