@@ -177,7 +177,7 @@ def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
     for values, said in (
         (float("nan"), "nan; give finite numbers, or None for a trial that failed"),
         ("good", "'good'; give a number"),
-        ([0.1, 0.2], "2 numbers, the study has one direction; give one"),
+        ([0.1, 0.2], "2 numbers; give one"),
     ):
         with pytest.raises(SearchError, match=f"trial 0 was told {said}"):
             run.tell(trial, values)  # type: ignore[arg-type]
@@ -256,7 +256,7 @@ def test_leases_end_with_their_search() -> None:
     ("returned", "said"),
     [
         ("3", "'3'; give a number"),
-        ((1.0, 2.0), "2 numbers, the study has one direction; give one"),
+        ((1.0, 2.0), "2 numbers; give one"),
         (float("nan"), "nan; give finite numbers, or raise optuna.TrialPruned"),
         (1e160, "1e\\+160; give finite numbers"),
         (10**400, "a int; give a number"),

@@ -417,7 +417,7 @@ class TestOutcomes:
             ),
             (None, "None; give a number"),
             ("much", "'much'; give a number"),
-            ([1.0, 2.0], "2 numbers, the study has one direction; give one"),
+            ([1.0, 2.0], "2 numbers; give one"),
         ],
     )
     def test_values_that_are_no_scores_fail(self, returned: Any, message: str) -> None:

@@ -91,8 +91,8 @@ def scores_in(
             f"{what} {_shown(returned)}; give {'a number' if wanted == 1 else f'{wanted} numbers'}"
         ) from None
     if len(numbers) != wanted:
-        plural = f"{wanted} directions; give one for each" if wanted > 1 else "one direction; give one"
-        raise SearchError(f"{what} {len(numbers)} numbers, the study has {plural}")
+        asked = "one" if wanted == 1 else f"{wanted}, one for each direction"
+        raise SearchError(f"{what} {len(numbers)} numbers; give {asked}")
     if not all(abs(number) <= _LARGEST for number in numbers):
         raise SearchError(f"{what} {', '.join(map(str, numbers))}; {way_out}")
     return numbers
