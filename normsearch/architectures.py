@@ -126,7 +126,8 @@ def build(architecture: Architecture | str, *, allow_factories: bool = False) ->
             ) from error
     if not isinstance(model, nn.Module):
         raise ArchitectureError(
-            f"{architecture.name} returned a {type(model).__name__}, not a torch.nn.Module"
+            f"{architecture.name} returned a {type(model).__name__}, not a torch.nn.Module; name a function "
+            "that returns the network alone"
         )
     return model
 

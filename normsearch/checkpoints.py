@@ -223,8 +223,8 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _named(made: Record, path: Path) -> Architecture:
     if made.architecture is None:
         raise CheckpointError(
-            f"{path} does not say which network it belongs to; give the architecture "
-            "(--architecture, for example torchvision/resnet50)"
+            f"{path} does not say which network it belongs to; give the architecture, for example "
+            "torchvision/resnet50 (--architecture, or architecture=Architecture(name))"
         )
     if made.architecture.is_factory:
         raise CheckpointError(

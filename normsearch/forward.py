@@ -21,6 +21,12 @@ from normsearch.errors import ModelError
 #: What torch keeps in every module's own dictionary; all else there is the user's.
 TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 
+#: What to do about several inputs that are no tuple.
+LISTED = (
+    "the inputs are a list, which is one argument, and several inputs are a tuple: give "
+    "[(tuple(inputs), targets) for inputs, targets in loader], or the loader a collate_fn that makes tuples"
+)
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -213,8 +219,8 @@ def try_call(model: nn.Module, inputs: Any) -> Any:
             raise ModelError(
                 f"{type(model).__name__} failed on a list of {len(inputs)} as its one argument with "
                 f"{type(error).__name__}: {said}. A batch is a tensor, a tuple for positional or a dict for "
-                "keyword arguments; a DataLoader over a TensorDataset yields lists: give "
-                "[batch[0] for batch in loader]"
+                "keyword arguments; a DataLoader yields lists: give batch[0] where a batch holds one input, "
+                "tuple(batch) where it holds several"
             ) from error
         raise ModelError(
             f"{type(model).__name__} failed on the given inputs with {type(error).__name__}: {error}. "

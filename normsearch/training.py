@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from normsearch.errors import TrainingError
-from normsearch.forward import call, copied, refuse_meta, restored_modes
+from normsearch.forward import LISTED, call, copied, refuse_meta, restored_modes
 from normsearch.methods.running import RunningNorm
 from normsearch.progress import OnProgress, Stage
 from normsearch.training_state import Batches, TrainingState
@@ -203,7 +203,7 @@ def finetune(
         trained.train()
         for step in range(done + 1, steps + 1):
             inputs, targets = batches.next()
-            value = loss(call(trained, inputs), targets)
+            value = loss(_called(trained, inputs), targets)
             _check_loss(value, step)
             optimizer.zero_grad()
             value.backward()
@@ -218,6 +218,15 @@ def finetune(
             stage.advance(f"loss {float(value.detach()):.4g}")
     optimizer.zero_grad()
     return trained
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    try:
+        return call(model, inputs)
+    except TypeError as error:
+        if isinstance(inputs, list):
+            raise TrainingError(f"{type(model).__name__} failed (TypeError: {error}); {LISTED}") from error
+        raise
 
 
 def check_recipe(*, steps: Any, lr: Any, weight_decay: Any, warmup: Any, clip: Any) -> None:

@@ -366,6 +366,7 @@ def test_two_objectives_of_which_no_trial_meets_the_constraints() -> None:
 def test_a_seed_is_a_whole_number(seed: Any) -> None:
     with pytest.raises(SearchError, match="seed="):
         NormSampler(seed=seed)
+    NormSampler(seed=np.int64(3))
 
 
 def test_a_prior_holds_finite_numbers() -> None:
@@ -409,6 +410,16 @@ def test_tables_of_other_forms_are_refused(tables: dict[str, Any], said: str) ->
         ),
         ({"costs": {1: {"bn0": {"group": 1.0}}}}, "costs[1]: the study has 1 objectives"),
         ({"costs": {0: {"bn1": {1: 1.0}}}}, "costs[0]['bn1'] is for 1, and"),
+        (
+            {"costs": {0: {"bn1": {"group": 1.0}}}},
+            "costs[0]['bn1'] does not say what 'batch', 'layer'",
+        ),
+        ({"ceilings": [({"bm0": {"group": 1.0}}, 1.0)]}, "ceilings[0] is for 'bm0', and the study's"),
+        (
+            {"ceilings": [({"bn0": {"Group": 1.0}}, 1.0)]},
+            "ceilings[0]['bn0'] is for 'Group', and",
+        ),
+        ({"ceilings": [({"bn0": {"group": 1.0}}, 1.0)]}, "ceilings[0]['bn0'] does not say what 'batch'"),
     ],
 )
 def test_tables_that_have_nothing_to_do_with_a_study_are_refused(tables: dict[str, Any], said: str) -> None:
@@ -434,6 +445,19 @@ def test_equal_choices_are_one_as_they_are_to_optuna(choices: tuple[Any, ...]) -
         {optuna.distributions.CategoricalDistribution(choices).to_internal_repr(c) for c in choices}
     )
     assert len(set(plans)) == min(20, distinct**3)
+
+
+@pytest.mark.parametrize("state", ["FAIL", "PRUNED", "RUNNING"])
+def test_no_plan_is_proposed_twice_before_any_is_complete(state: str) -> None:
+    study = optuna.create_study(sampler=NormSampler(seed=0))
+    plans = []
+    for _ in range(27):
+        trial = study.ask()
+        plans.append(tuple(trial.suggest_categorical(f"bn{i}", METHODS[:3]) for i in range(3)))
+        if state != "RUNNING":
+            study.tell(trial, state=optuna.trial.TrialState[state])
+    assert len(set(plans)) == 27
+    assert plans[:3] == [(method,) * 3 for method in METHODS[:3]]
 
 
 def test_choices_need_not_be_hashable() -> None:

@@ -20,6 +20,7 @@ from normsearch.searching import (
     Recipe,
     Search,
     Task,
+    accuracy,
 )
 from normsearch.searching.checking import check_objective
 
@@ -147,7 +148,7 @@ def test_a_metric_that_fails_on_the_original_is_named() -> None:
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"logits": self.net(x)}
 
-    said = r"on the original, accuracy is for outputs \(N, classes, …\), and the network's are of dict"
+    said = r"on the original, accuracy is for outputs \(N, classes, …\) of two classes or more, and the network's are of dict"
     with pytest.raises(SearchError, match=said):
         normsearch.search(Named(), task(), **OPTIONS)
 
@@ -232,6 +233,74 @@ def test_splits_that_cannot_be_read_are_refused_at_once(changes: dict[str, Any],
 def test_recipes_are_checked_when_they_are_made(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(TrainingError, match=said):
         Recipe(**changes)
+
+
+def test_a_prior_points_the_same_way_whether_a_metric_rises_or_falls() -> None:
+    def loss(model: nn.Module, batches: Any) -> float:
+        return float(np.mean([float(F.cross_entropy(model(x), y)) for x, y in batches]))
+
+    def tried(metric: Any, direction: str) -> list[dict[str, Any]]:
+        options = {"methods": ["batch", "group", "instance"], "n_trials": 9, "veto": None}
+        search = Search(network(), task(metric=metric, steps=2), directions=[direction], **options)
+        search.optimize()
+        return [trial.params for trial in search.study.trials]
+
+    def gain(model: nn.Module, batches: Any) -> float:
+        return -loss(model, batches)
+
+    assert tried(loss, "minimize") == tried(gain, "maximize")
+
+
+def test_a_network_of_one_output_is_refused_by_accuracy() -> None:
+    with pytest.raises(SearchError, match=r"two classes or more, and the network's are of shape \(8, 1\)"):
+        accuracy(nn.Linear(4, 1), [(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))])
+    with pytest.raises(SearchError, match=r"targets of shape \(8, 1\); give targets.squeeze\(1\)"):
+        accuracy(nn.Linear(4, 2), [(torch.randn(8, 4), torch.zeros(8, 1, dtype=torch.long))])
+
+
+class _Two(nn.Module):
+    """Takes two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        y: Tensor = self.net(a + b)
+        return y
+
+
+def test_several_inputs_of_a_loader_are_lists_and_the_error_says_what_to_do() -> None:
+    data = [((x, x), int(y)) for xs, ys in pairs(4) for x, y in zip(xs, ys, strict=True)]
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    listed = task(train=loader, validation=loader)
+    said = r"missing 1 required positional argument: 'b'\); the inputs are a list, which is one argument"
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(_Two(), listed, **OPTIONS)
+    with pytest.raises(TrainingError, match=r"_Two failed .*give \[\(tuple\(inputs\), targets\) for"):
+        normsearch.finetune(_Two(), loader, loss=F.cross_entropy, steps=1, lr=1e-3)
+    tuples = [(tuple(inputs), targets) for inputs, targets in loader]
+    Search(_Two(), task(train=tuples, validation=tuples), methods=["batch", "group"], n_trials=2).optimize()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"loss": nn.CrossEntropyLoss}, r"loss=CrossEntropyLoss is a class: give an instance, CrossEntropyL"),
+        (
+            {"train": torch.utils.data.TensorDataset(torch.randn(8, 1, 8, 8), torch.zeros(8))},
+            r"train is a TensorDataset of single samples; give DataLoader\(train",
+        ),
+    ],
+)
+def test_what_is_easily_confused_is_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(network(), task(**changes), **OPTIONS)
+
+
+def test_a_task_has_one_direction() -> None:
+    with pytest.raises(SearchError, match="a Task returns one number, its metric"):
+        normsearch.search(network(), task(), **OPTIONS | {"directions": ["maximize", "minimize"]})
 
 
 def test_a_scalar_target_is_one_sample() -> None:

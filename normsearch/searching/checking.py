@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,10 +13,12 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset, IterableDataset
 
 from normsearch.errors import ModelError, NormsearchError, SearchError
 from normsearch.forward import is_lazy
 from normsearch.methods import Method
+from normsearch.searching.constraints import Constraint
 from normsearch.searching.objectives import seeded
 from normsearch.searching.tasks import Task, is_read
 from normsearch.training_state import generators_of
@@ -58,7 +61,7 @@ def check_arguments(
     if not isinstance(directions, str | Sequence):
         raise SearchError(f"directions={directions!r}: give 'maximize' or 'minimize' for each number")
     for kind, several in (("costs", costs), ("constraints", constraints)):
-        if not isinstance(several, str | Sequence):
+        if not isinstance(several, str | Sequence | Constraint):
             raise SearchError(f"{kind}={several!r}: give a list, empty for none")
     if storage is not None and not isinstance(storage, str | os.PathLike | BaseStorage):
         raise SearchError(f"storage={storage!r}: give a path, a URL or a storage of Optuna's")
@@ -105,6 +108,7 @@ def check_objective(objective: Any) -> None:
     if objective is not None and not callable(objective):
         raise SearchError(f"objective={objective!r}: give a Task, or a function of (model, trial)")
     if not isinstance(objective, Task):
+        _check_functions(objective)
         return
     if not torch.is_grad_enabled():
         raise SearchError(
@@ -115,6 +119,11 @@ def check_objective(objective: Any) -> None:
         pairs = getattr(objective, name)
         if pairs is None and name == "confirmation":
             continue
+        if isinstance(pairs, Dataset) and not isinstance(pairs, IterableDataset):
+            raise SearchError(
+                f"{name} is a {type(pairs).__name__} of single samples; give DataLoader({name}, "
+                "batch_size=32), or batch_size=None where its items are batches"
+            )
         first = _first(name, pairs)
         _refuse_arrays(name, first)
         if not isinstance(first, tuple | list) or len(first) != 2:
@@ -123,6 +132,25 @@ def check_objective(objective: Any) -> None:
                 f"{name}: give pairs (inputs, targets), got a {type(first).__name__}{size}; several inputs "
                 "are one tuple: ((first, second), targets)"
             )
+
+
+def _check_functions(objective: Any) -> None:
+    """Raise for an objective, or its ``confirm``, that does not take a model and a trial."""
+    confirm = getattr(objective, "confirm", None)
+    for name, function in (("objective", objective), ("objective.confirm", confirm)):
+        if function is None:
+            continue
+        if not callable(function):
+            raise SearchError(f"{name}={function!r}: give a function of (model, trial)")
+        try:
+            inspect.signature(function).bind(None, None)
+        except TypeError as error:
+            raise SearchError(
+                f"{name} is called with (model, trial), which it does not take: {error}"
+            ) from error
+        except ValueError:
+            # Functions of extensions do not say what they take.
+            continue
 
 
 def _first(name: str, pairs: Any) -> Any:

@@ -179,21 +179,22 @@ def _nothing(study: Study) -> str:
         missed = ", ".join(f"{name} by {v:.3g}" for name, v in nearest.constraints.items() if v > 0)
         return (
             f"none of {len(broken)} finished trials meets the constraints; the nearest, trial "
-            f"{nearest.number}, misses {missed}; loosen them, or give more trials or methods"
+            f"{nearest.number}, misses {missed}; go on with more trials, or start another search with looser "
+            "constraints or other methods"
         )
     if over and not given_up:
         nearest = min(over, key=lambda t: max(t.constraints.values()))
         name, excess = max(nearest.constraints.items(), key=lambda item: item[1])
         return (
             f"every plan that was proposed is above {name}, the cheapest, trial {nearest.number}, by "
-            f"{excess:.3g} of the original's cost; loosen it, or give cheaper methods"
+            f"{excess:.3g} of the original's cost; start another search with a looser one or cheaper methods"
         )
     if not pruned and not failed:
         return f"no trial of {study.study_name!r} has finished; run more trials"
     counts = (
         (failed, "failed", "mend the objective"),
         (given_up, "pruned by the objective", "let it return a number for some plans"),
-        (over, "above a ceiling", "loosen it"),
+        (over, "above a ceiling", "start another search with a looser one"),
     )
     told = [f"{len(several)} {what}{_first_reason(several)}" for several, what, _ in counts if several]
     ways = [way for several, _, way in counts if several]

@@ -13,7 +13,7 @@ from normsearch.errors import SearchError
 class MaxDrop:
     """The first objective may be at most ``drop`` worse than the original network's.
 
-    The original is trained and scored once by the same objective.
+    The original is trained and scored once by the same objective, with a trial that has no parameters.
     """
 
     drop: float

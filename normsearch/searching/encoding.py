@@ -92,18 +92,33 @@ class Encoding:
                 result[row, number] = value
         return result
 
-    def check(self, what: str, given: Table) -> None:
-        """Raise a ``SearchError`` for a table that names no parameter that there is, or no choice of one."""
+    def check(self, what: str, given: Table, *, whole: bool) -> None:
+        """Raise a ``SearchError`` for a table that names no parameter that there is, or no choice of one.
+
+        Args:
+            what: how the error begins.
+            given: the table.
+            whole: whether every choice of a parameter must be named.
+
+        """
         if given and not any(name in given for name in self.names):
             raise SearchError(
                 f"{what} is for {_some(given)}, and the study's parameters are {_some(self.names)}; give "
                 "{parameter: {choice: number}}"
             )
         for row, name in enumerate(self.names):
-            if given.get(name) and not self._known(row, given[name]):
+            known = self._known(row, given.get(name, {}))
+            if given.get(name) and not known:
                 raise SearchError(
                     f"{what}[{name!r}] is for {_some(given[name])}, and the choices are "
                     f"{_some(self._distributions[row].choices)}; give {{choice: number}}"
+                )
+            left = [index for index, number in self._numbers[row].items() if number not in known]
+            if whole and name in given and left:
+                choices = self._distributions[row].choices
+                raise SearchError(
+                    f"{what}[{name!r}] does not say what {_some(choices[index] for index in left)} adds; "
+                    "give a number for every choice, 0 where it adds nothing"
                 )
 
     def _known(self, row: int, given: Mapping[Any, float]) -> dict[int, float]:

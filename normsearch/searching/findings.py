@@ -80,6 +80,11 @@ class Findings:
                 found.same_split,
                 found.sensitivity,
             )
+        if not isinstance(found, Search):
+            raise SearchError(
+                f"a report is of what search returned, or of a Search, not of a {type(found).__name__}; of a "
+                "study alone, Findings.of_study(model, name=, storage=)"
+            )
         return cls._remembered(found.study, found.space, found.resident.model, score)
 
     @classmethod

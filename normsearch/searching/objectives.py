@@ -65,22 +65,14 @@ class Evaluation:
 
         """
         plan = self.space.plan(trial.params)
-        for name, value in self.excess(plan).items():
-            if name not in trial.constraints:
-                trial.set_constraint(name, value)
-            if value > 0:
-                raise TrialPruned(f"{name}: {value:.3g} above what is allowed")
+        for name, value in self.judged(trial).items():
+            raise TrialPruned(f"{name}: {value:.3g} above what is allowed")
         learned: Mapping[str, str] | None = None
         with seeded(self.seed), self.resident.converted(plan) as model:
             values = self.numbers(self.objective(model, trial))
             if self.space.uniform_method(trial.params) is not None:
                 learned = learned_params(model, plan, self.space)
-        if self.reference is not None and (name := "MaxDrop") not in trial.constraints:
-            drop = self.reference - values[0]
-            if self.directions[0] == "minimize":
-                drop = -drop
-            limit = next(c.drop for c in self.constraints if isinstance(c, MaxDrop))
-            trial.set_constraint(name, drop - limit)
+        self.judged(trial, values[0])
         if learned is not None:
             _enqueue(study, learned, "learned")
         return (*values, *self._cost(plan))
@@ -113,13 +105,37 @@ class Evaluation:
                 found[type(constraint).__name__] = ratio - constraint.ratio
         return found
 
+    def judged(self, trial: Trial, score: float | None = None) -> dict[str, float]:
+        """Keep how far a trial is above its ceilings and, given its score, below the original.
+
+        Returns:
+            Those constraints that it violates, and by how much.
+
+        """
+        found = self.excess(self.space.plan(trial.params))
+        if score is not None and self.reference is not None:
+            drop = self.reference - score
+            if self.directions[0] == "minimize":
+                drop = -drop
+            limit = next(c.drop for c in self.constraints if isinstance(c, MaxDrop))
+            found["MaxDrop"] = drop - limit
+        for name, value in found.items():
+            if name not in trial.constraints:
+                trial.set_constraint(name, value)
+        return {name: value for name, value in found.items() if value > 0}
+
     def with_costs(self, trial: Trial, told: Any) -> tuple[float, ...]:
         """Return a trial's numbers, as its objective was run by hand, with the plan's costs.
+
+        What ``trial`` returned has them already.
 
         Raises:
             SearchError: they are not finite numbers, one for each direction.
 
         """
+        own = len(self.directions)
+        if self.costs and isinstance(told, Sequence) and len(told) == own + len(self.costs):
+            told = told[:own]
         values = scores_in(
             told,
             len(self.directions),

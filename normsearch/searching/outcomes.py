@@ -80,8 +80,8 @@ def scores_in(
         SearchError: they are no numbers, not as many, not finite, or larger than 1e100.
 
     """
-    given = returned.tolist() if isinstance(returned, np.ndarray | np.generic | Tensor) else returned
-    several = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else (given,)
+    plain = returned.tolist() if isinstance(returned, np.ndarray | np.generic | Tensor) else returned
+    several = tuple(plain) if isinstance(plain, Sequence) and not isinstance(plain, str | bytes) else (plain,)
     try:
         if any(isinstance(value, str | bytes) for value in several):
             raise TypeError
@@ -92,7 +92,8 @@ def scores_in(
         ) from None
     if len(numbers) != wanted:
         asked = "one" if wanted == 1 else f"{wanted}, one for each direction"
-        raise SearchError(f"{what} {len(numbers)} numbers; give {asked}")
+        given = "1 number" if len(numbers) == 1 else f"{len(numbers)} numbers"
+        raise SearchError(f"{what} {given}; give {asked}")
     if not all(abs(number) <= _LARGEST for number in numbers):
         raise SearchError(f"{what} {', '.join(map(str, numbers))}; {way_out}")
     return numbers
@@ -100,7 +101,11 @@ def scores_in(
 
 def _shown(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE and "\n" not in text else f"a {type(value).__name__}"
+    return (
+        text
+        if len(text) <= _LONGEST_VALUE and "\n" not in text
+        else f"something of type {type(value).__name__}"
+    )
 
 
 def failed(message: str, cause: Exception | None = None) -> Outcome:

@@ -37,6 +37,7 @@ _TRIALS_PER_CHOICE = 4
 _FEWEST_CHOICES = 8
 #: Plans from the prior that are tried first.
 _FROM_PRIOR = 3
+NO_INPUTS = "costs are measured on inputs; give inputs=, at least one batch"
 #: How the reason of a veto begins; its threshold follows.
 _VETOED = "alone it moves the output by more than"
 
@@ -76,7 +77,7 @@ def prepare(
         space = _vetoed(space, resident, memory, settings.veto, batches, on_progress)
     if settings.costs or any(type(c) in CEILINGS for c in constraints):
         if first is None:
-            raise SearchError("costs are measured on inputs; give inputs=, at least one batch")
+            raise SearchError(NO_INPUTS)
         if not memory.has("costs"):
             memory.keep("costs", asdict(measure_costs(resident, space, first, on_progress=on_progress)))
     space = space.tied(max(_FEWEST_CHOICES, n_trials // _TRIALS_PER_CHOICE))
@@ -118,7 +119,8 @@ def _original(resident: Resident, space: SearchSpace, objective: Objective | Tas
     except Exception as error:
         raise SearchError(
             f"MaxDrop needs the original's score, and the objective failed on it ({type(error).__name__}: "
-            f"{error}); leave MaxDrop out, or make the objective bear the original"
+            f"{error}); it gets a trial without parameters there: suggest further ones only where "
+            "trial.params is not empty, or leave MaxDrop out"
         ) from error
 
 

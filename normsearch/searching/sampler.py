@@ -57,11 +57,13 @@ class NormSampler(BaseSampler):
     Args:
         seed: of everything random.
         prior: what each choice of each parameter is expected to contribute to the first objective, up to a
-            positive factor; how far it is trusted is fitted anew at each proposal. A hint, not a bound.
+            positive factor; how far it is trusted is fitted anew at each proposal. A hint, not a bound. A
+            choice that it does not name is expected to contribute as much as the others do in the mean.
         costs: for studies with several objectives, the index of an objective that is a sum over parameters,
-            and what each choice adds to it (latency, memory): it needs no model then.
-        ceilings: limits on known sums over parameters: what each choice adds, and the largest sum that a plan
-            may have.
+            and what each choice adds to it (latency, memory): it needs no model then. A parameter that is
+            not named adds nothing; of one that is, every choice must be.
+        ceilings: limits on known sums over parameters: what each choice adds, as for ``costs``, and the
+            largest sum that a plan may have.
 
     Raises:
         SearchError: ``seed`` is negative or no whole number; a table is none, or holds other than finite
@@ -90,9 +92,9 @@ class NormSampler(BaseSampler):
         costs: Mapping[int, Table] | None = None,
         ceilings: Sequence[tuple[Table, float]] = (),
     ) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
             raise SearchError(f"seed={seed!r}: give a whole number, at least 0")
-        self._seed = seed
+        self._seed = int(seed)
         self._prior = None if prior is None else checked_table("prior", prior)
         self._costs = checked_costs({} if costs is None else costs)
         self._ceilings = checked_ceilings(ceilings)
@@ -100,13 +102,19 @@ class NormSampler(BaseSampler):
         self._problem: Encoding | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return the categoricals that every trial so far has, in the order of the first."""
+        """Return the categoricals that every complete trial has, in the order of the first.
+
+        As long as none is complete, those that all others have.
+        """
+        done = _trials(study, TrialState.COMPLETE)
+        others = _trials(study, TrialState.FAIL, TrialState.PRUNED, TrialState.RUNNING)
+        shared = self._spaces.calculate(study) if done else _shared(others)
         space = {
             name: distribution
-            for name, distribution in self._spaces.calculate(study).items()
+            for name, distribution in shared.items()
             if isinstance(distribution, CategoricalDistribution) and len(distinct(distribution)) > 1
         }
-        first = next((t for t in _trials(study, TrialState.COMPLETE) if set(space) <= set(t.params)), None)
+        first = next((t for t in done if set(space) <= set(t.params)), None)
         order = list(space) if first is None else [name for name in first.params if name in space]
         return {name: space[name] for name in order}
 
@@ -183,9 +191,11 @@ class NormSampler(BaseSampler):
                     "costs= for those that are known sums"
                 )
         if self._prior is not None:
-            problem.check("prior", self._prior)
+            problem.check("prior", self._prior, whole=False)
         for index, table in self._costs.items():
-            problem.check(f"costs[{index}]", table)
+            problem.check(f"costs[{index}]", table, whole=True)
+        for index, (table, _) in enumerate(self._ceilings):
+            problem.check(f"ceilings[{index}]", table, whole=True)
 
     def _elsewhere(self, trial: FrozenTrial) -> BaseSampler:
         from optuna.samplers import RandomSampler
@@ -264,6 +274,13 @@ def _allowed(trial: FrozenTrial) -> bool:
 def _trials(study: Study, *states: TrialState) -> list[FrozenTrial]:
     # As Optuna's own samplers do: one read per trial, however often they are asked for.
     return study._get_trials(deepcopy=False, states=states, use_cache=True)
+
+
+def _shared(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
+    """Return the parameters that all of some trials have suggested."""
+    several = [trial.distributions for trial in trials if trial.distributions]
+    first = several[0] if several else {}
+    return {name: one for name, one in first.items() if all(other.get(name) == one for other in several)}
 
 
 def _least(table: Table, params: Mapping[str, Any]) -> float:

@@ -42,9 +42,11 @@ def sampler_named(name: str, memory: Memory, space: SearchSpace) -> BaseSampler:
                 len(settings.directions) + index: space.by_choice(table.table(cost))
                 for index, cost in enumerate(settings.costs)
             }
-        return NormSampler(
-            seed=seed, prior=memory.prior(), costs=known, ceilings=_ceilings(settings, table, space)
-        )
+        prior = memory.prior()
+        if prior is not None and settings.directions[0] == "minimize":
+            # Of sensing, larger is better; of a sampler's prior, larger is a larger score.
+            prior = {name: {m: -value for m, value in row.items()} for name, row in prior.items()}
+        return NormSampler(seed=seed, prior=prior, costs=known, ceilings=_ceilings(settings, table, space))
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed)
     if name == "gp":

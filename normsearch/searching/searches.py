@@ -61,8 +61,8 @@ def search(
         model: the trained network; it is copied once and left alone.
         objective: called with the converted network, in the modes of ``model``, and the Optuna trial; may
             train it; returns a number, or one for each direction. It may suggest further parameters. A
-            ``confirm`` method of the same kind is used on the best plans, else the objective itself. Or a
-            ``Task``.
+            ``confirm`` method of the same kind is used on the best plans, else the objective itself, with an
+            ``optuna.trial.FixedTrial``. Or a ``Task``.
         methods: methods or spellings to choose from, the preferred first.
         sites: glob patterns of site paths to search; the others keep their BatchNorm.
         directions: ``maximize`` or ``minimize`` for each number of the objective.

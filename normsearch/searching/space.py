@@ -129,9 +129,11 @@ class SearchSpace:
         choices = tuple(Choice((path,), here) for path, here in allowed.items())
         space = cls(found, tuple(map(str, parsed)), allowed, choices, tuple(refusals))
         if space.size < 2:
+            fit = [m for m in METHODS if parse_method(m).batch_independent or not batch_independent]
+            where = " whose outputs do not depend on the batch" if batch_independent else ""
             raise SearchError(
-                f"with {', '.join(space.methods)} there is one plan only; give methods= that differ, for "
-                f"example {', '.join(METHODS)}"
+                f"with {', '.join(space.methods)} there is one plan only{where}; give methods= that differ, "
+                f"for example {', '.join(fit)}"
             )
         return space
 

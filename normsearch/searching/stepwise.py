@@ -28,11 +28,11 @@ from normsearch.searching.checking import (
 )
 from normsearch.searching.concluding import Conclusion, forget_failures
 from normsearch.searching.confirming import Candidate
-from normsearch.searching.constraints import Constraint, checked
+from normsearch.searching.constraints import CEILINGS, Constraint, checked
 from normsearch.searching.costs import check_cost
 from normsearch.searching.identity import identity
 from normsearch.searching.objectives import Objective, direction_names
-from normsearch.searching.preparing import VETO, prepare
+from normsearch.searching.preparing import NO_INPUTS, VETO, prepare
 from normsearch.searching.resident import Resident
 from normsearch.searching.results import SearchResult
 from normsearch.searching.samplers import check_sampler, sampler_named
@@ -104,6 +104,15 @@ class Search:
             check_sampler(sampler)
         self._objective = objective
         given = objective.inputs() if inputs is None and isinstance(objective, Task) else inputs
+        if isinstance(objective, Task) and len(direction_names(directions)) != 1:
+            raise SearchError(
+                f"a Task returns one number, its metric, and directions={directions!r} are "
+                f"{len(direction_names(directions))}; give one, and what plans cost with costs=, or an "
+                "objective of your own"
+            )
+        if given is None and (costs or any(type(c) in CEILINGS for c in checked(constraints))):
+            # Said before a study is made, which keeps its directions.
+            raise SearchError(NO_INPUTS)
         named = sampler if isinstance(sampler, str) else type(sampler).__name__
         settings = Settings(
             methods=tuple(str(m) for m in ([methods] if isinstance(methods, str | Method) else methods)),
@@ -174,8 +183,8 @@ class Search:
 
         Args:
             trial: what ``ask`` or ``resume`` returned.
-            values: a number, or one for each direction; None for a trial that failed, whose user attribute
-                ``error`` may say why.
+            values: a number, or one for each direction, or what ``evaluate`` returned; None for a trial that
+                failed, whose user attribute ``error`` may say why, or that is above a ceiling.
 
         Raises:
             SearchError: they are not finite, or not one for each direction, and the trial can be told again;
@@ -184,9 +193,12 @@ class Search:
         """
         self._asked.check(trial)
         if values is None:
-            self.study.tell(trial, state=TrialState.FAIL)
+            over = self._evaluation.judged(trial)
+            self.study.tell(trial, state=TrialState.PRUNED if over else TrialState.FAIL)
         else:
-            self.study.tell(trial, self._evaluation.with_costs(trial, values))
+            numbers = self._evaluation.with_costs(trial, values)
+            self._evaluation.judged(trial, numbers[0])
+            self.study.tell(trial, numbers)
         self._asked.end(trial)
 
     def optimize(self, *, on_progress: OnProgress | None = None) -> None:

@@ -119,8 +119,8 @@ class Memory:
         other = [name for name in now if now[name] != before[name]]
         if other:
             raise SearchError(
-                f"the study {self.study.study_name!r} was made with {other[0]}={before[other[0]]!r}, now it "
-                f"is {now[other[0]]!r}; resume with the same arguments, or give another name"
+                f"the study {self.study.study_name!r} was made with {other[0]}={_shown(before[other[0]])}, "
+                f"now it is {_shown(now[other[0]])}; resume with the same arguments, or give another name"
             )
 
     def keep_identity(self, identity: dict[str, str]) -> None:
@@ -216,6 +216,13 @@ class Memory:
             raise SearchError(
                 f"the study {self.study.study_name!r} holds a malformed {name}; make it anew"
             ) from error
+
+
+def _shown(value: Any) -> str:
+    """Return a setting as it is given: constraints are kept as names and fields."""
+    if isinstance(value, tuple | list) and value and all(isinstance(one, tuple | list) for one in value):
+        return ", ".join(repr(KINDS[name](**fields)) for name, fields in value)
+    return repr(value)
 
 
 def _check_model(space: SearchSpace, model: nn.Module, study: str) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normsearch.errors import NormsearchError, SearchError
-from normsearch.forward import call, evaluating
+from normsearch.forward import LISTED, call, evaluating
 from normsearch.searching.outcomes import scores_in
 from normsearch.training import Loss, check_recipe, finetune
 from normsearch.training_state import generators_of
 
-#: A number for a network and the pairs (inputs, targets) to measure it on; larger is better.
+#: A number for a network and the pairs (inputs, targets) to measure it on; larger is better, unless the
+#: search is told to minimise.
 Metric = Callable[[nn.Module, Iterable[Any]], float]
 
 
@@ -62,7 +63,8 @@ class Task:
             batches, which are shuffled.
         validation: pairs that trials are scored on, in the same order each time.
         loss: maps the model's output and the targets to a scalar to minimise.
-        metric: maps a network in eval mode and pairs to a number, larger is better.
+        metric: maps a network in eval mode and pairs to a number, larger is better (with
+            ``directions=["minimize"]``, smaller).
         recipe: how a network is trained.
         confirmation: pairs that the best plans are confirmed on; ``validation`` is then used whole.
 
@@ -106,8 +108,11 @@ class Task:
         if not isinstance(self.recipe, Recipe):
             raise SearchError(f"recipe={self.recipe!r}: give a Recipe, as Recipe(steps=200, lr=1e-3)")
         for name in ("loss", "metric"):
-            if not callable(getattr(self, name)):
-                raise SearchError(f"{name}={getattr(self, name)!r}: give a function")
+            given = getattr(self, name)
+            if not callable(given):
+                raise SearchError(f"{name}={given!r}: give a function")
+            if isinstance(given, type) and issubclass(given, nn.Module):
+                raise SearchError(f"{name}={given.__name__} is a class: give an instance, {given.__name__}()")
         if self.confirmation is not None:
             if not _first("confirmation", self.confirmation, 1):
                 raise SearchError("confirmation has no batch; give one that holds some, or leave it out")
@@ -167,9 +172,13 @@ class Task:
             except (NormsearchError, OptunaError):
                 raise
             except Exception as error:
+                way_out = f"try {named}(model.eval(), validation) by hand"
+                if any(
+                    isinstance(pair, tuple | list) and isinstance(pair[0], list) for pair in islice(pairs, 1)
+                ):
+                    way_out = LISTED
                 raise SearchError(
-                    f"the metric {named} failed ({type(error).__name__}: {error}); try "
-                    f"{named}(model.eval(), validation) by hand"
+                    f"the metric {named} failed ({type(error).__name__}: {error}); {way_out}"
                 ) from error
         return scores_in(returned, 1, what=f"the metric {named} returned")[0]
 
@@ -248,20 +257,23 @@ def accuracy(model: nn.Module, pairs: Iterable[Any]) -> float:
     right = total = 0
     for inputs, targets in pairs:
         output = call(model, inputs)
-        if not isinstance(output, Tensor) or output.dim() < 2:
+        if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[1] < 2:
             form = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise SearchError(
-                f"accuracy is for outputs (N, classes, …), and the network's are of {form}; give a metric of "
-                "your own, a function of (model, pairs)"
+                f"accuracy is for outputs (N, classes, …) of two classes or more, and the network's are of "
+                f"{form}; give a metric of your own, a function of (model, pairs)"
             )
         if output.isnan().any():
             raise SearchError("the network's outputs hold NaN; look for NaN in the inputs, or lower the rate")
         found = output.argmax(1)
         if not isinstance(targets, Tensor) or targets.shape != found.shape:
             form = f"shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+            way_out = "give targets.argmax(1) where they are one-hot"
+            if isinstance(targets, Tensor) and targets.dim() > 1 and targets.shape[1] == 1:
+                way_out = "give targets.squeeze(1)"
             raise SearchError(
                 f"accuracy takes the numbers of classes, here of shape {tuple(found.shape)}, and got targets "
-                f"of {form}; give targets.argmax(1) where they are one-hot, or a metric of your own"
+                f"of {form}; {way_out}, or a metric of your own"
             )
         right += int((found == targets).sum())
         total += targets.numel()
