@@ -632,3 +632,12 @@ def test_fewer_plans_than_trials_are_told() -> None:
 
     assert told(3) == []
     assert told(4) == ["3 different plans are left without what is refused, vetoed or tied"]
+
+
+def test_nothing_is_made_where_there_is_no_journal_to_join(tmp_path: Path) -> None:
+    missing = tmp_path / "typo.journal"
+    with pytest.raises(SearchError, match=r"there is no journal .*typo.journal; start the search first"):
+        join(network(), Planted(), name="s", storage=missing)
+    with pytest.raises(SearchError, match="there is no journal"):
+        Findings.of_study(network(), name="s", storage=missing)
+    assert not missing.exists()

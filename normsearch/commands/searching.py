@@ -258,7 +258,9 @@ def worker(
     A worker that is killed loses nothing: another one runs its trial.
     """
     kept = storage or f"{study}.journal"
-    _refuse_missing(kept)
+    from normsearch.searching.storage import refuse_missing
+
+    refuse_missing(kept)
     from normsearch import searching
 
     with progress("preparing the task"):
@@ -304,7 +306,9 @@ def status(
     """
     name = _study_name(study, task)
     kept = storage or f"{name}.journal"
-    _refuse_missing(kept)
+    from normsearch.searching.storage import refuse_missing
+
+    refuse_missing(kept)
     places = [] if output is None else [output.with_suffix(".html"), output.with_suffix(".json")]
     refuse_outputs(places, [None if "://" in kept else Path(kept)], force=force)
     from normsearch import searching
@@ -355,12 +359,6 @@ def status(
 def _score_of(objective: Any) -> str:
     """Return what a task's first number is called."""
     return str(getattr(getattr(objective, "metric", None), "__name__", "score"))
-
-
-def _refuse_missing(storage: str) -> None:
-    """Raise where there is no journal to read."""
-    if "://" not in storage and not Path(storage).exists():
-        raise SearchError(f"there is no journal {storage}; start the search first, or give its --storage")
 
 
 def _study_name(study: str | None, task: str) -> str:

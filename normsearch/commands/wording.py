@@ -25,6 +25,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"was made with costs=", "was made with --cost "),
     (r"was made with (methods|sites|sampler|seed|veto|sense)=", r"was made with --\1 "),
     (r"or give another name$", "or give another --study"),
+    (r"give its storage \(--storage\)$", "give its --storage"),
     (r"give the search another name$", "give another --study"),
     (r"MaxDrop\(([^)]*)\): ", r"--max-drop \1: "),
     (r"MaxLatency\(([^)]*)\): ", r"--max-latency \1: "),

@@ -25,6 +25,7 @@ from normsearch.searching.resident import Resident
 from normsearch.searching.results import SearchResult
 from normsearch.searching.space import SearchSpace
 from normsearch.searching.stepwise import Search
+from normsearch.searching.storage import refuse_missing
 from normsearch.searching.studies import Memory, Settings, opened_study
 from normsearch.searching.trials import counted_trials
 from normsearch.sensitivities import Sensitivity
@@ -108,6 +109,7 @@ class Findings:
             SearchError: there is no such study, it searches another model, or has not begun its trials.
 
         """
+        refuse_missing(storage)
         study = opened_study(name, storage)
         memory = Memory(study)
         if not memory.has("ready"):

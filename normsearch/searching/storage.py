@@ -58,6 +58,15 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
     return _database(name) if "://" in name else _journal(Path(name))
 
 
+def refuse_missing(storage: str | os.PathLike[str] | BaseStorage) -> None:
+    """Raise a ``SearchError`` where there is no journal to read, which opening it would make."""
+    if isinstance(storage, BaseStorage) or "://" in os.fspath(storage) or Path(storage).exists():
+        return
+    raise SearchError(
+        f"there is no journal {storage}; start the search first, or give its storage (--storage)"
+    )
+
+
 def check_shared(storage: BaseStorage) -> None:
     """Raise unless several processes may write to a storage at once.
 

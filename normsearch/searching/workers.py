@@ -19,7 +19,7 @@ from normsearch.searching.leases import LeaseTerms
 from normsearch.searching.objectives import Evaluation, Objective
 from normsearch.searching.resident import Resident
 from normsearch.searching.space import SearchSpace
-from normsearch.searching.storage import check_shared, open_storage
+from normsearch.searching.storage import check_shared, open_storage, refuse_missing
 from normsearch.searching.studies import Memory, check_own, opened_study
 from normsearch.searching.tasks import Task
 from normsearch.searching.trials import counted_trials, run_trials
@@ -109,6 +109,7 @@ def join(
     check_model(model)
     check_objective(objective)
     check_callback(on_progress)
+    refuse_missing(storage)
     opened = open_storage(storage)
     check_shared(opened)
     study = opened_study(name, opened)
