@@ -7,6 +7,7 @@ that has imported it holds it in memory until it ends.
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import traceback
@@ -20,6 +21,8 @@ from api.queueing import Queue
 
 #: Any number, the same for every process: who holds this lock migrates (PostgreSQL).
 _LOCK = 0x6E6F726D
+#: The first SQLite that knows fractions of seconds.
+_SUBSECONDS = (3, 42)
 _FOLDER = Path(__file__).parent / "migrations"
 
 
@@ -38,6 +41,11 @@ def open_database(url: str) -> Database:
         MigrationError: it could not be brought up to date.
 
     """
+    too_old = (
+        outdated(sys.version_info[:2], sqlite3.sqlite_version_info) if url.startswith("sqlite") else None
+    )
+    if too_old is not None:
+        raise MigrationError(too_old)
     database = Database(url)
     try:
         if not _is_current(database, url):
@@ -46,6 +54,20 @@ def open_database(url: str) -> Database:
         database.close()
         raise
     return database
+
+
+def outdated(python: tuple[int, ...], sqlite: tuple[int, ...]) -> str | None:
+    """Say why an SQLite cannot hold the queue; None if it can.
+
+    Under Python 3.12 and later DBOS asks SQLite for fractions of seconds, which older ones answer with NULL.
+    """
+    if python < (3, 12) or sqlite >= _SUBSECONDS:
+        return None
+    versions = [".".join(map(str, version)) for version in (sqlite, python, _SUBSECONDS)]
+    return (
+        f"SQLite {versions[0]} is too old for the queue under Python {versions[1]}, which needs {versions[2]};"
+        " use PostgreSQL (NORMSEARCH_DATABASE_URL), a newer SQLite or Python 3.11"
+    )
 
 
 def newest() -> str:

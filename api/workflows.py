@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-import sqlite3
 from typing import Any
 
-from dbos import DBOS, Serializer, _migration, error
+from dbos import DBOS, Serializer, error
 
 from api.queueing import SCHEMA, SERIALIZATION
 
@@ -41,17 +40,9 @@ class JsonSerializer(Serializer):
         return SERIALIZATION
 
 
-#: The first SQLite that knows fractions of seconds.
-_SUBSECONDS = (3, 42)
-
-
 def make_tables(url: str) -> None:
     """Make the queue's tables, or bring them up to date."""
     quiet()
-    if sqlite3.sqlite_version_info < _SUBSECONDS:
-        # Under Python 3.12 and later DBOS relies on a time that is NULL in older ones, and tables refuse it.
-        texts = _migration.sqlite_migrations
-        texts[:] = [text.replace("unixepoch('subsec')", "strftime('%s','now')") for text in texts]
     DBOS.migrate(url, schema=SCHEMA)
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from dbos import DBOS, DBOSClient, EnqueueOptions, _migration
+from dbos import DBOS, DBOSClient, EnqueueOptions
 from serving import ROOT, settings, with_database
 
 from api import jobs, leasing, queueing
@@ -29,7 +28,7 @@ from api.queueing import Claim
 from api.retention import Cleaner
 from api.runs import GivenUpError, Run
 from api.tools import Tools, opened
-from api.workflows import JsonSerializer, make_tables
+from api.workflows import JsonSerializer
 from benchmarks.search.postgresql import cluster, missing
 from benchmarks.service_storms.__main__ import Storm
 from benchmarks.service_storms.processes import running
@@ -435,22 +434,3 @@ def test_a_job_that_kills_its_children_is_given_up(tmp_path: Path) -> None:
         while processes.asked("GET", f"/v1/jobs/{after}").json()["state"] != "succeeded":
             assert time.monotonic() < deadline
             time.sleep(0.1)
-
-
-def test_tables_of_an_older_sqlite_fill_in_their_times(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = list(_migration.sqlite_migrations)
-    # As DBOS has them under Python 3.12 and later.
-    later = [text.replace("strftime('%s','now')", "unixepoch('subsec')") for text in before]
-    assert any("unixepoch('subsec')" in text for text in later)
-    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 40, 1))
-    _migration.sqlite_migrations[:] = later
-    try:
-        make_tables(f"sqlite:///{tmp_path / 'queue.sqlite'}")
-    finally:
-        _migration.sqlite_migrations[:] = before
-    with closing(sqlite3.connect(tmp_path / "queue.sqlite")) as plain, plain:
-        plain.execute("INSERT INTO workflow_status (workflow_uuid) VALUES ('a')")
-        (created,) = plain.execute("SELECT created_at FROM workflow_status").fetchone()
-    assert abs(created - time.time() * 1000) < 60_000

@@ -22,8 +22,9 @@ from pydantic import ValidationError
 from serving import bearer, served, with_database
 from starlette.testclient import TestClient
 
+from api import migrating
 from api.database import METADATA, new_id, sqlite_url
-from api.migrating import MigrationError, newest, open_database
+from api.migrating import MigrationError, newest, open_database, outdated
 from api.observing import JsonLines
 from api.parts import Asking
 from api.queueing import TABLES
@@ -235,6 +236,18 @@ def test_database_that_cannot_be_used_is_named_at_the_start(tmp_path: Path) -> N
         open_database(sqlite_url(tmp_path / "data"))
     with closing(sqlite3.connect(place)) as plain:
         assert plain.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
+
+
+def test_an_sqlite_that_cannot_hold_the_queue_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert outdated((3, 11), (3, 40, 1)) is None
+    assert outdated((3, 12), (3, 42, 0)) is None
+    said = "SQLite 3.40.1 is too old for the queue under Python 3.13, which needs 3.42; use PostgreSQL"
+    assert str(outdated((3, 13), (3, 40, 1))).startswith(said)
+    monkeypatch.setattr(migrating, "outdated", lambda python, sqlite: said)
+    with pytest.raises(MigrationError, match="is too old for the queue"):
+        open_database(sqlite_url(tmp_path))
 
 
 def test_a_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
