@@ -63,10 +63,10 @@ def outdated(python: tuple[int, ...], sqlite: tuple[int, ...]) -> str | None:
     """
     if python < (3, 12) or sqlite >= _SUBSECONDS:
         return None
-    versions = [".".join(map(str, version)) for version in (sqlite, python, _SUBSECONDS)]
+    here, under, needed = (".".join(map(str, version)) for version in (sqlite, python, _SUBSECONDS))
     return (
-        f"SQLite {versions[0]} is too old for the queue under Python {versions[1]}, which needs {versions[2]};"
-        " use PostgreSQL (NORMSEARCH_DATABASE_URL), a newer SQLite or Python 3.11"
+        f"SQLite {here} is too old for the queue under Python {under}, which needs {needed}; use PostgreSQL "
+        "(NORMSEARCH_DATABASE_URL), a newer SQLite or Python 3.11"
     )
 
 
