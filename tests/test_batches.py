@@ -31,6 +31,6 @@ def test_lists_of_a_tensor_dataset_are_named_with_the_way_out(use: str, labels: 
         USES[use](loader)
     said = str(caught.value)
     assert f"failed on a list of {1 + len(labels)} as its one argument" in said
-    assert "a DataLoader over a TensorDataset yields lists: give [batch[0] for batch in loader]" in said
+    assert "a DataLoader yields lists: give [batch[0] for batch in loader]" in said
     assert "larger batches" not in said
     USES[use]([batch[0] for batch in loader])
