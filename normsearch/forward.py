@@ -219,8 +219,8 @@ def try_call(model: nn.Module, inputs: Any) -> Any:
             raise ModelError(
                 f"{type(model).__name__} failed on a list of {len(inputs)} as its one argument with "
                 f"{type(error).__name__}: {said}. A batch is a tensor, a tuple for positional or a dict for "
-                "keyword arguments; a DataLoader yields lists: give [batch[0] for batch in loader], or tuples "
-                "of the inputs where there are several"
+                "keyword arguments; a DataLoader yields lists: give [batch[0] for batch in loader], or "
+                "tuples of the inputs where there are several"
             ) from error
         raise ModelError(
             f"{type(model).__name__} failed on the given inputs with {type(error).__name__}: {error}. "
