@@ -98,7 +98,9 @@ def _carried_out(model: nn.Module, plan: Plan, alike: Sequence[bool]) -> nn.Modu
     rows = (row if same else replace(row, method=KEPT) for row, same in zip(plan.rows, alike, strict=True))
     plan = Plan(tuple(rows))
     if not isinstance(model, fx.GraphModule):
-        return normsearch.convert(model, plan)
+        # What the trace does not reach, such as heads for training alone, stays.
+        others = [Row(site, KEPT) for site in normsearch.find_sites(model) if site.path not in plan]
+        return normsearch.convert(model, Plan((*plan.rows, *others)))
     rewritten = rewrite(model, plan)
     rewritten.graph.lint()
     return rewritten
