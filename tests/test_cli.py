@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commanding import MODEL, NAME, RESNET, cli, interrupted, output, process, saved, weights
+from commanding import MODEL, NAME, RESNET, cli, interrupted, output, process, weights
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,17 +21,7 @@ import normsearch
 from normsearch import METHODS, Architecture
 from normsearch.cli import COMMANDS
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    return tmp_path
-
-
-@pytest.fixture
-def checkpoint(folder: Path) -> str:
-    return saved(folder)
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_convert_writes_all_that_is_needed(checkpoint: str, folder: Path) -> None:

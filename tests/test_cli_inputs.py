@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commanding import MODEL, NAME, RESNET, cli, interrupted, output, saved
+from commanding import MODEL, NAME, RESNET, cli, interrupted, output
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,17 +19,7 @@ import normsearch
 from normsearch import Architecture, reporting
 from normsearch.admission.images import Preparation, find_images, read_image
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    return tmp_path
-
-
-@pytest.fixture
-def checkpoint(folder: Path) -> str:
-    return saved(folder)
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture

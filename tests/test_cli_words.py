@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commanding import MODEL, cli, output, saved
+from commanding import MODEL, cli, output
 from rich.console import Console
 
 import normsearch
@@ -18,17 +18,7 @@ from normsearch.commands import running
 from normsearch.commands.wording import in_options
 from normsearch.tables import Column, Listing
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    return tmp_path
-
-
-@pytest.fixture
-def checkpoint(folder: Path) -> str:
-    return saved(folder)
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.mark.parametrize(

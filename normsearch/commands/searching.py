@@ -257,12 +257,11 @@ def worker(
     The task is this command line's, never one that the study names; it should be the same as the search's.
     A worker that is killed loses nothing: another one runs its trial.
     """
-    kept = storage or f"{study}.journal"
+    from normsearch import searching
     from normsearch.searching.storage import refuse_missing
 
+    kept = storage or f"{study}.journal"
     refuse_missing(kept)
-    from normsearch import searching
-
     with progress("preparing the task"):
         model, objective = load_task(task)
     ran = 0
@@ -304,16 +303,15 @@ def status(
 
     normsearch status --task mytask:task -o so-far.html
     """
-    name = _study_name(study, task)
-    kept = storage or f"{name}.journal"
+    from normsearch import searching
+    from normsearch.searching.findings import Findings, state
     from normsearch.searching.storage import refuse_missing
 
+    name = _study_name(study, task)
+    kept = storage or f"{name}.journal"
     refuse_missing(kept)
     places = [] if output is None else [output.with_suffix(".html"), output.with_suffix(".json")]
     refuse_outputs(places, [None if "://" in kept else Path(kept)], force=force)
-    from normsearch import searching
-    from normsearch.searching.findings import Findings, state
-
     with progress("preparing the task"):
         model, objective = load_task(task)
     with _kept(kept):
