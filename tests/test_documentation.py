@@ -33,7 +33,8 @@ def _modules() -> Iterator[ModuleType]:
             yield importlib.import_module(info.name)
 
 
-def test_docstring_examples() -> None:
+def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     attempted = 0
     for module in _modules():
         torch.manual_seed(0)

@@ -24,11 +24,12 @@ def main() -> None:
     asked = reader.parse_args()
     with (
         tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as work,
         service(Path(folder)) as (base, secret),
         chromium() as browser,
     ):
         if asked.pictures is not None:
-            Tour(browser, base, secret, asked.pictures, asked.all).run()
+            Tour(browser, base, secret, asked.pictures, Path(work), asked.all).run()
         else:
             measure(browser, base, secret)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,15 +36,22 @@ class Tour:
 
     """
 
-    def __init__(self, browser: Browser, base: str, secret: str, folder: Path, all_schemes: bool) -> None:
-        self._browser, self._base, self._secret, self._folder = browser, base, secret, folder
+    def __init__(
+        self, browser: Browser, base: str, secret: str, folder: Path, work: Path, all_schemes: bool
+    ) -> None:
+        self._browser, self._base, self._secret, self._folder, self._work = (
+            browser,
+            base,
+            secret,
+            folder,
+            work,
+        )
         self._views = [
             (width, scheme)
             for width in SIZES
             for scheme in SCHEMES
             if all_schemes or (width == 1280) == (scheme == "light")
         ]
-        self._work = Path(tempfile.mkdtemp())
 
     def run(self) -> None:
         """Take every picture."""
