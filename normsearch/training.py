@@ -157,8 +157,8 @@ def finetune(
         The trained network.
 
     Raises:
-        TrainingError: a number is out of range, the loader gives no pairs, nothing can be trained, or loss or
-            gradients are not finite, or gradients are switched off.
+        TrainingError: a number is out of range, the loader gives no pairs, nothing can be trained, a
+            parameter is float16, loss or gradients are not finite, or gradients are switched off.
         CheckpointError: the checkpoint cannot be read or written, or belongs to another run.
         ModelError: the model cannot be copied, or is on the meta device.
 
@@ -185,6 +185,7 @@ def finetune(
             "outside of it"
         )
     refuse_meta(model, "train")
+    _refuse_half(model)
     trained = model if in_place else copied(model)
     groups = parameter_groups(trained, lr=lr, weight_decay=weight_decay)
     rates = [group["lr"] for group in groups]
@@ -218,6 +219,15 @@ def finetune(
             stage.advance(f"loss {float(value.detach()):.4g}")
     optimizer.zero_grad()
     return trained
+
+
+def _refuse_half(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise TrainingError(
+                f"{name} is float16, whose smallest number is 6e-8: squares of gradients, by which AdamW "
+                "divides, are zero there; train model.float() on inputs.float(), then take .half() of it"
+            )
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:

@@ -540,6 +540,31 @@ def test_a_search_that_failed_goes_on_when_the_objective_is_mended(tmp_path: Pat
     assert all(result.space.uniform(m) in done for m in result.space.methods)
 
 
+def test_a_sampler_that_cannot_propose_is_named() -> None:
+    sampler = optuna.samplers.GridSampler({"a": [1, 2]})
+    said = (
+        r"the sampler GridSampler cannot propose a plan \(ValueError: .*\); give one that takes categoricals"
+    )
+    with pytest.raises(SearchError, match=said):
+        normsearch.search(network(), Planted(), **OPTIONS, sampler=sampler)
+    run = Search(network(), Planted(), methods=["batch", "group"], n_trials=4, sampler=sampler)
+    uniform = [run.ask(), run.ask()]
+    assert [set(trial.params.values()) for trial in uniform] == [{"batch"}, {"group"}]
+    with pytest.raises(SearchError, match=said):
+        run.ask()
+
+
+def test_a_plan_over_several_ceilings_names_each() -> None:
+    over = [MaxLatency(0), MaxMemory(0)]
+    run = Search(
+        network(), Planted(), methods=["batch", "group"], n_trials=4, constraints=over, inputs=[INPUTS]
+    )
+    with pytest.raises(
+        optuna.TrialPruned, match=r"MaxLatency: .* allowed; MaxMemory: .* above what is allowed"
+    ):
+        run.evaluate(run.ask())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -334,6 +334,16 @@ def test_a_run_interrupted_anywhere_ends_as_if_it_were_not(
     assert torch.equal(random, torch.get_rng_state())
 
 
+def test_half_precision_is_refused_and_bfloat16_is_not() -> None:
+    half, batches = net().half(), [(x.half(), y) for x, y in pairs(2, 4)]
+    with pytest.raises(TrainingError, match=r"0\.weight is float16.*train model\.float\(\)"):
+        finetune(half, batches, loss=F.cross_entropy, steps=1, lr=0.1)
+    # What is not trained may be of any type.
+    low = net().bfloat16()
+    low.extra = nn.Parameter(torch.ones(2).half(), requires_grad=False)
+    finetune(low, [(x.bfloat16(), y) for x, y in pairs(2, 4)], loss=F.cross_entropy, steps=1, lr=0.1)
+
+
 def test_a_finished_run_takes_no_step_and_may_be_prolonged(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     done = resumable_run(path, own_generator=False)

@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset
 
-from normsearch.errors import ModelError, NormsearchError, SearchError
+from normsearch.errors import ModelError, SearchError
 from normsearch.forward import is_lazy
 from normsearch.methods import Method
 from normsearch.searching.constraints import Constraint
 from normsearch.searching.objectives import seeded
-from normsearch.searching.tasks import Task, is_read
+from normsearch.searching.tasks import Task, first_of, is_read
 from normsearch.training_state import generators_of
 
 #: The largest seed: what is added to it must fit torch's generators.
@@ -158,18 +158,13 @@ def _first(name: str, pairs: Any) -> Any:
     generators = [(one, one.get_state()) for one in generators_of(pairs)]
     try:
         with seeded(0):
-            for first in pairs:
-                return first
-    except NormsearchError:
-        raise
-    except Exception as error:
-        raise SearchError(
-            f"{name} cannot be read: {type(error).__name__}: {error}; try next(iter({name}))"
-        ) from error
+            first = first_of(name, pairs, 1)
     finally:
         for generator, state in generators:
             generator.set_state(state)
-    raise SearchError(f"{name} has no batch; give one that holds some")
+    if not first:
+        raise SearchError(f"{name} has no batch; give one that holds some")
+    return first[0]
 
 
 def _refuse_arrays(name: str, batch: Any) -> None:

@@ -65,8 +65,11 @@ class Evaluation:
 
         """
         plan = self.space.plan(trial.params)
-        for name, value in self.judged(trial).items():
-            raise TrialPruned(f"{name}: {value:.3g} above what is allowed")
+        over = self.judged(trial)
+        if over:
+            raise TrialPruned(
+                "; ".join(f"{name}: {by:.3g} above what is allowed" for name, by in over.items())
+            )
         learned: Mapping[str, str] | None = None
         with seeded(self.seed), self.resident.converted(plan) as model:
             values = self.numbers(self.objective(model, trial))

@@ -67,8 +67,9 @@ class NormSampler(BaseSampler):
 
     Raises:
         SearchError: ``seed`` is negative or no whole number; a table is none, or holds other than finite
-            numbers; or, when a plan is asked for, a table names no parameter of the study or no choice of
-            one, or ``costs`` an objective that the study does not have.
+            numbers; or, when a plan is asked for, a table names what is no parameter of the study or no
+            choice of one, a cost or ceiling leaves out a choice, or ``costs`` names an objective that the
+            study does not have.
 
     Example:
         >>> import optuna

@@ -39,6 +39,7 @@ from normsearch.searching.samplers import check_sampler, sampler_named
 from normsearch.searching.space import METHODS, SearchSpace
 from normsearch.searching.studies import Memory, Settings, made_study
 from normsearch.searching.tasks import Task
+from normsearch.searching.trials import proposing
 from normsearch.searching.workers import evaluation, work
 from normsearch.sensitivities import Sensitivity
 
@@ -158,14 +159,16 @@ class Search:
         It is left to this process until it is told, however long that takes: other workers do not run it.
 
         Raises:
-            SearchError: all trials are taken.
+            SearchError: all trials are taken, or a sampler of the caller's cannot propose one.
 
         """
         self._asked.reclaim()
         trials = self.study.get_trials(deepcopy=False)
         if sum(trial.state != TrialState.WAITING for trial in trials) >= self.n_trials:
             raise SearchError(f"all {self.n_trials} trials were asked for; give a larger n_trials")
-        return self._asked.hold(self.study.ask(dict(self.space.distributions)))
+        with proposing(self.study):
+            trial = self.study.ask(dict(self.space.distributions))
+        return self._asked.hold(trial)
 
     def plan(self, trial: Trial | FrozenTrial) -> Plan:
         """Return a trial's plan.

@@ -114,16 +114,16 @@ class Task:
             if isinstance(given, type) and issubclass(given, nn.Module):
                 raise SearchError(f"{name}={given.__name__} is a class: give an instance, {given.__name__}()")
         if self.confirmation is not None:
-            if not _first("confirmation", self.confirmation, 1):
+            if not first_of("confirmation", self.confirmation, 1):
                 raise SearchError("confirmation has no batch; give one that holds some, or leave it out")
             return
-        first = _first("validation", self.validation, 2)
+        first = first_of("validation", self.validation, 2)
         if len(first) < 2:
             raise SearchError(
                 "validation has fewer than two batches, so that none can be kept to confirm by; give smaller "
                 "batches, or confirmation="
             )
-        again = _first("validation", self.validation, 1)
+        again = first_of("validation", self.validation, 1)
         if not again or not _same(first[0], again[0]):
             raise SearchError(
                 "validation gives other batches each time it is read, so that none can be kept to confirm "
@@ -210,8 +210,13 @@ def is_read(things: Any) -> bool:
     return hasattr(type(things), "__iter__") or hasattr(type(things), "__getitem__")
 
 
-def _first(name: str, pairs: Iterable[Any], count: int) -> list[Any]:
-    """Return the first batches of a split."""
+def first_of(name: str, pairs: Iterable[Any], count: int) -> list[Any]:
+    """Return the first batches of a split.
+
+    Raises:
+        SearchError: it cannot be read.
+
+    """
     try:
         return list(islice(iter(pairs), count))
     except NormsearchError:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import StorageInternalError, TrialPruned, UpdateFinishedTrialError
+from optuna.exceptions import OptunaError, StorageInternalError, TrialPruned, UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from normsearch.errors import SearchError
+from normsearch.errors import NormsearchError, SearchError
 from normsearch.searching.leases import ERROR, HeldLease, Leases, LeaseTerms, persistently
 from normsearch.searching.outcomes import LONGEST_ERROR, Failures, Outcome, checked, failed
 
@@ -103,6 +103,25 @@ def counted_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 def finished_trials(study: Study) -> int:
     """Return how many trials that count are complete, pruned or failed."""
     return sum(trial.state.is_finished() for trial in counted_trials(study.get_trials(deepcopy=False)))
+
+
+@contextmanager
+def proposing(study: Study) -> Iterator[None]:
+    """Name the sampler in what it raises while it proposes a trial.
+
+    Raises:
+        SearchError: the sampler failed otherwise than by the storage, which may be asked again.
+
+    """
+    try:
+        yield
+    except (NormsearchError, OptunaError, OSError):
+        raise
+    except Exception as error:
+        raise SearchError(
+            f"the sampler {type(study.sampler).__name__} cannot propose a plan ({type(error).__name__}: "
+            f"{error}); give one that takes categoricals of any name, or leave sampler= out"
+        ) from error
 
 
 class _Worker:
@@ -207,14 +226,15 @@ class _Worker:
         while True:
             # The sampler shall see the trials of now.
             self._study._thread_local.cached_all_trials = None
-            trial = Trial(self._study, trial_id)
-            if self._is_surplus(trial):
-                return None
-            for name, distribution in self._distributions.items():
-                # Parameters must not be written over those with which another worker runs it by now.
-                if not lease.is_fresh():
-                    raise UpdateFinishedTrialError(f"trial {trial.number} was taken over")
-                trial._suggest(name, distribution)
+            with proposing(self._study):
+                trial = Trial(self._study, trial_id)
+                if self._is_surplus(trial):
+                    return None
+                for name, distribution in self._distributions.items():
+                    # Parameters must not be written over those with which another worker runs it by now.
+                    if not lease.is_fresh():
+                        raise UpdateFinishedTrialError(f"trial {trial.number} was taken over")
+                    trial._suggest(name, distribution)
             # Of a new trial, nobody else has written any.
             if not lease.is_second_hand() or self._storage.get_trial(trial_id).params == trial.params:
                 return trial
