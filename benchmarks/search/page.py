@@ -26,7 +26,11 @@ three deviations of hope instead of two, the sites' true relevances in place of 
 *Factorials*: 200 trials of the other sampler see most of 256 plans, and the best plan of *one class* is
 ahead of the next by less than what is left of a score when everything that two sites do together is
 known. *Fronts*: the bar lies within the spread of the seeds; more starts of the climb, other ceilings
-of hope, no designs, another corner, and true relevances gave the same hypervolume."""
+of hope, another corner, and true relevances gave the same hypervolume.
+
+After the uniform plans the sampler needs no designs (plans in which every site meets every method once):
+on thirty landscapes of other seeds, four families, they cost .035 of regret at 20 trials and .015 at 50 (±
+.006), nothing beyond noise on the factorials and on fronts of 100 trials, .02 of hypervolume at 25."""
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

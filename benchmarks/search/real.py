@@ -10,7 +10,7 @@ their mixture by gradient as their papers have it. Differences are paired by see
 
     search      everything
     no prior    no supernet, nothing enqueued from it
-    no uniform  neither uniform plans nor designs first: random plans until there is a model
+    no uniform  no uniform plans first: random plans until there is a model
     no veto     methods stay where sensitivity would forbid them
 
 Bars: nowhere below the best uniform plan by more than one standard error of the difference; above it beyond

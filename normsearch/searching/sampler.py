@@ -41,13 +41,12 @@ _STARTS = 3
 class NormSampler(BaseSampler):
     """Propose plans by a Gaussian process over assignments of methods to sites.
 
-    The first trials are the uniform plans and, without a prior, designs in which every site meets every
-    method once; then each proposal climbs, one site at a time, to where mean + 2·deviation of the process
-    (see ``normsearch.searching.surrogate``) is best. With two objectives of which one is a known sum, it
-    climbs to where the dominated area is expected to grow most, with others to a random scalarisation's best.
-    No plan is proposed twice, and none over a ceiling as long as there is one under it; running trials count
-    as if they had returned what is expected of them. Proposals depend on the seed,
-    the trial's number and the trials so far only: a study that is resumed goes on as it would have.
+    The first trials are the uniform plans; then each proposal climbs, one site at a time, to where
+    mean + 2·deviation of the process (see ``normsearch.searching.surrogate``) is best. With two objectives of
+    which one is a known sum, it climbs to where the dominated area is expected to grow most, with others to a
+    random scalarisation's best. No plan is proposed twice, and none over a ceiling as long as there is one
+    under it; running trials count as if they had returned what is expected of them. Proposals depend on the
+    seed, the trial's number and the trials so far only: a study that is resumed goes on as it would have.
 
     A trial whose constraints are violated, or whose score is infinite (or beyond 1e100), counts as the worst
     so far; the plan of a failed or pruned trial is not proposed again. Equal choices of a parameter
@@ -204,20 +203,10 @@ class NormSampler(BaseSampler):
         return RandomSampler(seed=(self._seed * 1_000_003 + trial.number) % 2**32)
 
     def _first(self, problem: Encoding, ceilings: Ceilings) -> list[Plans]:
-        """Return every uniform plan; without a prior, then as many where each site meets each method once.
-
-        Uniform plans over a ceiling are left out, the others replaced by what is near and under it.
-        """
-        methods = problem.space.methods
-        uniform = [problem.permitted(np.full(problem.space.sites, number)) for number in range(methods)]
-        uniform = [plan for plan in uniform if ceilings.permit(plan)]
-        if self._prior is not None:
-            return uniform
-        shuffled = np.random.default_rng([self._seed, methods]).permuted(
-            np.tile(np.arange(methods), (problem.space.sites, 1)), axis=1
-        )
-        designs = [ceilings.near(problem.permitted(shuffled[:, number])) for number in range(methods)]
-        return [*uniform, *filter(ceilings.permit, designs)]
+        """Return every uniform plan that is under the ceilings."""
+        sites, methods = problem.space.allowed.shape
+        uniform = [problem.permitted(np.full(sites, number)) for number in range(methods)]
+        return [plan for plan in uniform if ceilings.permit(plan)]
 
     def _promise(self, goals: Sequence[Goal], allowed: Plans, rng: np.random.Generator) -> Acquisition:
         """Return what makes a plan worth a trial, given the plans that meet all constraints."""
