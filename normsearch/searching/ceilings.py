@@ -78,6 +78,15 @@ class Ceilings:
                     stack.append(((*plan, int(method)), total))
         return None
 
+    def another(self, seen: Set[tuple[int, ...]], rng: np.random.Generator) -> Plans:
+        """Return an unseen plan under the ceilings; else any unseen one, a seen one under them, or any."""
+        unbound = Ceilings(self._space, self._tables[:0], self._limits[:0])
+        for ceilings, known in ((self, seen), (unbound, seen), (self, frozenset[tuple[int, ...]]())):
+            found = ceilings.unseen(known, rng)
+            if found is not None:
+                return found
+        return self._space.random(rng)
+
     def _sums(self, plans: Plans) -> Floats:
         """Return every sum of every plan, (C, S)."""
         return np.asarray(self._tables[:, np.arange(self._space.sites), plans].sum(2))

@@ -164,7 +164,7 @@ class Climb:
     def climb(self, starts: Sequence[Plans], rng: np.random.Generator) -> Plans:
         """Return the best unseen plan that changes of one site reach from any start.
 
-        If a plan under the ceilings was not seen, it is one of these.
+        If a plan under the ceilings was not seen, it is one of these; else any other that was not seen.
         """
         plans = np.array([self._ceilings.near(plan) for plan in starts])
         walks = [goal.walk(plans) for goal in self._goals]
@@ -198,6 +198,5 @@ class Climb:
             plan[site] = method
             if tuple(plan) not in self._seen:
                 return plan
-        # Every plan near the ends was seen: any unseen one will do, if there is one.
-        found = self._ceilings.unseen(self._seen, rng)
-        return self._space.random(rng) if found is None else found
+        # Every plan near the ends was seen.
+        return self._ceilings.another(self._seen, rng)

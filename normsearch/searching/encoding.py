@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -76,11 +77,21 @@ class Encoding:
         fits = self.space.allowed[np.arange(len(plan)), plan]
         return np.where(fits, plan, self.space.allowed.argmax(1))
 
-    def ceilings(self, given: Sequence[tuple[Table, float]]) -> Ceilings:
-        """Return ceilings of tables and their limits."""
-        tables = np.array([self.table(table) for table, _ in given])
-        limits = np.array([limit for _, limit in given], dtype=np.float64)
-        return Ceilings(self.space, tables.reshape(-1, *self.space.allowed.shape), limits)
+    def ceilings(self, given: Sequence[tuple[Table, float]], fixed: Mapping[str, Any]) -> Ceilings:
+        """Return ceilings of tables and their limits, and one more: of changes of what is fixed, 0."""
+        tables = [self.table(table) for table, _ in given]
+        limits = [limit for _, limit in given]
+        changes = np.zeros(self.space.allowed.shape)
+        for row, name in enumerate(self.names):
+            if name in fixed:
+                index = int(self._distributions[row].to_internal_repr(fixed[name]))
+                changes[row] = 1.0
+                changes[row, self._numbers[row][index]] = 0.0
+        if changes.any():
+            tables.append(changes)
+            limits.append(0.0)
+        stacked = np.array(tables).reshape(-1, *self.space.allowed.shape)
+        return Ceilings(self.space, stacked, np.array(limits, dtype=np.float64))
 
     def table(self, given: Table) -> Floats:
         """Return a table as (L, K); what it does not name counts as the mean of what it does."""
@@ -92,20 +103,26 @@ class Encoding:
                 result[row, number] = value
         return result
 
-    def check(self, what: str, given: Table, *, whole: bool) -> None:
+    def check(self, what: str, given: Table, others: Set[str], *, whole: bool) -> None:
         """Raise a ``SearchError`` for a table that names no parameter that there is, or no choice of one.
 
         Args:
             what: how the error begins.
             given: the table.
-            whole: whether every choice of a parameter must be named.
+            others: parameters that trials have beside these.
+            whole: whether every choice of a parameter must be named; a name that no trial has is then
+                warned of.
 
         """
-        if given and not any(name in given for name in self.names):
+        unknown = [name for name in given if name not in self.names and name not in others]
+        if given and len(unknown) == len(given):
             raise SearchError(
                 f"{what} is for {_some(given)}, and the study's parameters are {_some(self.names)}; give "
                 "{parameter: {choice: number}}"
             )
+        if whole and unknown:
+            message = f"{what} names {_some(unknown)}, which no trial has as a parameter yet"
+            warnings.warn(message, stacklevel=2)
         for row, name in enumerate(self.names):
             known = self._known(row, given.get(name, {}))
             if given.get(name) and not known:

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 
 from normsearch.searching.encoding import Table
 from normsearch.searching.space import SearchSpace
-from normsearch.searching.surrogate import PlanSurrogate, Space
+from normsearch.searching.surrogate import PlanSurrogate, Space, without_outliers
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Posterior:
                 [[prior.get(c.name, {}).get(m, 0.0) for m in space.methods] for c in self._choices]
             )
         self._plans, self._methods = plans, space.methods
-        self._surrogate = PlanSurrogate(Space(allowed), plans, np.array(scores, dtype=np.float64), table)
+        values = without_outliers(np.array(scores, dtype=np.float64))
+        self._surrogate = PlanSurrogate(Space(allowed), plans, values, table)
 
     def expected(self) -> list[float]:
         """Return the expected score of each trial's plan, noise taken out."""

@@ -29,7 +29,7 @@ from normsearch.searching.encoding import (
     checked_table,
     distinct,
 )
-from normsearch.searching.surrogate import Floats, Plans, PlanSurrogate, Space
+from normsearch.searching.surrogate import Floats, Plans, PlanSurrogate, Space, without_outliers
 
 #: A score beyond is as bad as an infinite one: sums of squares of larger ones are.
 _LARGEST = 1e100
@@ -44,14 +44,17 @@ class NormSampler(BaseSampler):
     The first trials are the uniform plans; then each proposal climbs, one site at a time, to where
     mean + 2·deviation of the process (see ``normsearch.searching.surrogate``) is best. With two objectives of
     which one is a known sum, it climbs to where the dominated area is expected to grow most, with others to a
-    random scalarisation's best. No plan is proposed twice, and none over a ceiling as long as there is one
-    under it; running trials count as if they had returned what is expected of them. Proposals depend on the
-    seed, the trial's number and the trials so far only: a study that is resumed goes on as it would have.
+    random scalarisation's best. No plan is proposed twice, and none over a ceiling, as long as there is one
+    under it that was not tried; running trials count as if they had returned what is expected of them.
+    Proposals depend on the seed, the trial's number and the trials so far only: a study that is resumed goes
+    on as it would have.
 
-    A trial whose constraints are violated, or whose score is infinite (or beyond 1e100), counts as the worst
-    so far; the plan of a failed or pruned trial is not proposed again. Equal choices of a parameter
-    (0, 0.0 and False) are one choice, as they are to Optuna. Parameters other than categoricals,
-    and those that not every trial has, are sampled at random.
+    A trial that failed or was pruned, whose constraints are violated, or whose score is infinite (or beyond
+    1e100), counts as the worst so far, and so does a score that is far below all others; one that was given
+    up above a ceiling says nothing. Equal choices of a parameter (0, 0.0 and False) are one choice, as they
+    are to Optuna. Parameters other than categoricals, and those that not every trial has, are sampled at
+    random. Where parameters have no choices in common, the first trials take every first choice, every
+    second one, and so on.
 
     Args:
         seed: of everything random.
@@ -62,7 +65,8 @@ class NormSampler(BaseSampler):
             and what each choice adds to it (latency, memory): it needs no model then. A parameter that is
             not named adds nothing; of one that is, every choice must be.
         ceilings: limits on known sums over parameters: what each choice adds, as for ``costs``, and the
-            largest sum that a plan may have.
+            largest sum that a plan may have. A parameter that is sampled at random counts as its least. The
+            first trial, before which no parameter is known, looks at each ceiling by itself.
 
     Raises:
         SearchError: ``seed`` is negative or no whole number; a table is none, or holds other than finite
@@ -124,6 +128,9 @@ class NormSampler(BaseSampler):
         """Return the next plan."""
         if not search_space:
             return {}
+        fixed = _fixed(trial)
+        if fixed.keys() >= search_space.keys():
+            return {}
         problem = Encoding(search_space)
         if self._problem is not None and self._problem.choices == problem.choices:
             problem = self._problem
@@ -137,13 +144,14 @@ class NormSampler(BaseSampler):
         ]
         broken = [t for t in _trials(study, TrialState.FAIL, TrialState.PRUNED) if problem.holds(t)]
         seen = {problem.read(t) for t in (*done, *running, *broken)}
-        ceilings = problem.ceilings(self._ceilings)
+        ceilings = problem.ceilings(self._limits(problem, study, fixed), fixed)
         first = next((plan for plan in self._first(problem, ceilings) if tuple(plan) not in seen), None)
         if first is None and len(done) < 2:
-            first = ceilings.unseen(seen, rng)
-            first = problem.space.random(rng) if first is None else first
+            first = ceilings.another(seen, rng)
         if first is not None:
             return problem.write(first)
+        # What was given up above a ceiling says nothing of those below.
+        done += [t for t in broken if ceilings.permit(np.array(problem.read(t)))]
         plans = np.array([problem.read(t) for t in done])
         waiting = np.array([problem.read(t) for t in running]).reshape(-1, len(search_space))
         goals = [
@@ -166,20 +174,19 @@ class NormSampler(BaseSampler):
         Choices after which no others keep a ceiling are left out, unless all are.
         """
         if isinstance(param_distribution, CategoricalDistribution):
+            known = {**_fixed(trial), **trial.params}
             choices = [
                 choice
                 for choice in param_distribution.choices
-                if all(
-                    _least(table, {**trial.params, param_name: choice}) <= m for table, m in self._ceilings
-                )
+                if all(_least(table, {**known, param_name: choice}) <= m for table, m in self._ceilings)
             ] or param_distribution.choices
             if trial.number == 0:
                 return choices[0]
-            words = np.frombuffer(param_name.encode(), dtype=np.uint8).tolist()
-            return choices[
-                int(np.random.default_rng([self._seed, trial.number, *words]).integers(len(choices)))
-            ]
-        return self._elsewhere(trial).sample_independent(study, trial, param_name, param_distribution)
+            return choices[int(self._drawn(trial, param_name).integers(len(choices)))]
+        from optuna.samplers import RandomSampler
+
+        elsewhere = RandomSampler(seed=int(self._drawn(trial, param_name).integers(2**32)))
+        return elsewhere.sample_independent(study, trial, param_name, param_distribution)
 
     def _check(self, problem: Encoding, study: Study) -> None:
         """Raise a ``SearchError`` for tables that have nothing to do with a study."""
@@ -190,22 +197,51 @@ class NormSampler(BaseSampler):
                     f"costs[{index}]: the study has {objectives} objectives, numbered from 0; give "
                     "costs= for those that are known sums"
                 )
+        trials = study._get_trials(deepcopy=False, use_cache=True)
+        others = {name for trial in trials for name in trial.distributions}.difference(problem.names)
         if self._prior is not None:
-            problem.check("prior", self._prior, whole=False)
+            problem.check("prior", self._prior, others, whole=False)
         for index, table in self._costs.items():
-            problem.check(f"costs[{index}]", table, whole=True)
+            problem.check(f"costs[{index}]", table, others, whole=True)
         for index, (table, _) in enumerate(self._ceilings):
-            problem.check(f"ceilings[{index}]", table, whole=True)
+            problem.check(f"ceilings[{index}]", table, others, whole=True)
 
-    def _elsewhere(self, trial: FrozenTrial) -> BaseSampler:
-        from optuna.samplers import RandomSampler
+    def _drawn(self, trial: FrozenTrial, param_name: str) -> np.random.Generator:
+        """Return a parameter's own source of random numbers in a trial."""
+        words = np.frombuffer(param_name.encode(), dtype=np.uint8).tolist()
+        return np.random.default_rng([self._seed, trial.number, *words])
 
-        return RandomSampler(seed=(self._seed * 1_000_003 + trial.number) % 2**32)
+    def _limits(self, problem: Encoding, study: Study, fixed: Mapping[str, Any]) -> list[tuple[Table, float]]:
+        """Return the ceilings, less what parameters add that are not proposed: at least, if not known."""
+        missing = {name for table, _ in self._ceilings for name in table}.difference(problem.names)
+        single: dict[str, Any] = {}
+        for trial in study._get_trials(deepcopy=False, use_cache=True) if missing else []:
+            for name in missing & trial.distributions.keys():
+                one = trial.distributions[name]
+                if isinstance(one, CategoricalDistribution) and len(distinct(one)) == 1:
+                    single[name] = one.choices[0]
+        return [
+            (
+                table,
+                limit - _least({name: table[name] for name in missing & table.keys()}, {**single, **fixed}),
+            )
+            for table, limit in self._ceilings
+        ]
 
     def _first(self, problem: Encoding, ceilings: Ceilings) -> list[Plans]:
-        """Return every uniform plan that is under the ceilings."""
-        sites, methods = problem.space.allowed.shape
-        uniform = [problem.permitted(np.full(sites, number)) for number in range(methods)]
+        """Return every uniform plan that is under the ceilings.
+
+        A method is uniform if more than half of the sites may have it. Where none is, as parameters have
+        choices of their own, the first plan has every first choice, the second every second, and so on.
+        """
+        allowed = problem.space.allowed
+        sites = len(allowed)
+        common = np.flatnonzero(2 * allowed.sum(0) > sites)
+        if len(common):
+            uniform = [problem.permitted(np.full(sites, number)) for number in common]
+        else:
+            own = [np.flatnonzero(row) for row in allowed]
+            uniform = [np.array([row[i % len(row)] for row in own]) for i in range(max(map(len, own)))]
         return [plan for plan in uniform if ceilings.permit(plan)]
 
     def _promise(self, goals: Sequence[Goal], allowed: Plans, rng: np.random.Generator) -> Acquisition:
@@ -231,16 +267,22 @@ class NormSampler(BaseSampler):
         done: Sequence[FrozenTrial],
         waiting: Plans,
     ) -> Goal:
-        values = np.array([t.values[index] for t in done], dtype=np.float64)
         sign = -1.0 if study.directions[index] == StudyDirection.MINIMIZE else 1.0
-        values *= sign
+        if index in self._costs:
+            known = KnownSum(sign * problem.table(self._costs[index]))
+            # Not what trials returned, which may hold what no parameter changes.
+            return Goal(known.predict(plans)[0], known)
+        complete = np.array([t.state == TrialState.COMPLETE for t in done])
+        values = np.array(
+            [sign * t.values[index] if whole else 0.0 for t, whole in zip(done, complete, strict=True)]
+        )
         infeasible = np.array([not _allowed(trial) for trial in done])
         # As bad as the worst: the process learns to stay away, whatever such a plan scored.
-        finite = np.abs(values) <= _LARGEST
+        finite = complete & (np.abs(values) <= _LARGEST)
+        if finite.any():
+            values[finite] = without_outliers(values[finite])
         worst = values[finite].min() if finite.any() else 0.0
         values = np.where(infeasible | ~finite, worst, values)
-        if index in self._costs:
-            return Goal(values, KnownSum(sign * problem.table(self._costs[index])))
         prior = sign * problem.table(self._prior) if self._prior is not None and index == 0 else None
         return Goal(values, _fitted(problem.space, plans, values, prior, waiting))
 
@@ -258,7 +300,14 @@ def _fitted(
 
 
 def _allowed(trial: FrozenTrial) -> bool:
-    return all(value <= 0 for value in trial.constraints.values())
+    complete = trial.state == TrialState.COMPLETE
+    return complete and all(value <= 0 for value in trial.constraints.values())
+
+
+def _fixed(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the parameters that were given when the trial was enqueued."""
+    given: dict[str, Any] = trial.system_attrs.get("fixed_params", {})
+    return given
 
 
 def _trials(study: Study, *states: TrialState) -> list[FrozenTrial]:
@@ -275,7 +324,12 @@ def _shared(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
 
 def _least(table: Table, params: Mapping[str, Any]) -> float:
     """Return the least that a table adds up to, given some of the parameters."""
-    return sum(
-        row[params[name]] if params.get(name) in row else min(row.values(), default=0.0)
-        for name, row in table.items()
-    )
+    return sum(_added(row, name, params) for name, row in table.items())
+
+
+def _added(row: Mapping[Any, float], name: str, params: Mapping[str, Any]) -> float:
+    try:
+        return row[params[name]]
+    except (KeyError, TypeError):
+        # It is not set yet, or to what no table can name.
+        return min(row.values(), default=0.0)

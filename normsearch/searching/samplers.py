@@ -36,12 +36,11 @@ def sampler_named(name: str, memory: Memory, space: SearchSpace) -> BaseSampler:
     seed = settings.seed
     if name in ("auto", "norm"):
         table = memory.costs()
-        known = {}
+        known: dict[int, Table] = {}
         if table is not None:
-            known = {
-                len(settings.directions) + index: space.by_choice(table.table(cost))
-                for index, cost in enumerate(settings.costs)
-            }
+            for index, cost in enumerate(settings.costs):
+                added = space.by_choice(table.table(cost))
+                known[len(settings.directions) + index] = {name: added[name] for name in space.distributions}
         prior = memory.prior()
         if prior is not None and settings.directions[0] == "minimize":
             # Of sensing, larger is better; of a sampler's prior, larger is a larger score.

@@ -31,6 +31,8 @@ _STRENGTH = 6.0
 #: The same for a site's share of the sites' component.
 _SITE_STRENGTH = 4.0
 _UPDATES = 15
+#: In the distances of quartiles: bad plans of healthy networks are up to 75 below.
+_FAR = 100.0
 #: Variances are fitted to so many of the plans at most, spread over all: more change them little.
 _FITTED = 120
 #: A prior's slope before there is data, in standard deviations of the score per one of the prior, and its
@@ -77,6 +79,17 @@ class Space:
     def random(self, rng: np.random.Generator) -> Plans:
         """Return a random plan."""
         return np.array([rng.choice(np.flatnonzero(row)) for row in self.allowed])
+
+
+def without_outliers(scores: Floats) -> Floats:
+    """Return scores, larger being better, with those far below all others as bad as the worst of these.
+
+    The loss of a network that diverged would else be most of the scores' variance. Far is a hundred times
+    the distance of the quartiles below the first.
+    """
+    low, high = np.quantile(scores, [0.25, 0.75])
+    kept = scores >= low - _FAR * (high - low)
+    return np.where(kept | (low == high), scores, scores[kept].min())
 
 
 class PlanSurrogate:
