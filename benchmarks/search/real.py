@@ -40,9 +40,9 @@ from benchmarks.finetuning import T95
 from benchmarks.search.problems import PROBLEMS, Problem
 from normsearch.searching import NormSampler, Resident, SearchSpace, accuracy
 from normsearch.searching.confirming import candidates, decide
-from normsearch.searching.encoding import Table as Prior
 from normsearch.searching.objectives import Evaluation
 from normsearch.searching.supernet import sense
+from normsearch.searching.tables import Table as Prior
 from normsearch.sensitivities import Sensitivity
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -64,6 +64,7 @@ _DECIDING = (
     "space",
     "supernet",
     "surrogate",
+    "tables",
     "tasks",
 )
 VARIANTS = ("search", "no prior", "no uniform", "no veto")

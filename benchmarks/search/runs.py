@@ -189,7 +189,15 @@ def spread(values: list[float]) -> tuple[float, float]:
 #: What a proposal of NormSampler depends on.
 SAMPLER = [
     Path(searching.__file__).with_name(name)
-    for name in ("sampler.py", "encoding.py", "surrogate.py", "climbing.py", "acquisitions.py", "ceilings.py")
+    for name in (
+        "sampler.py",
+        "encoding.py",
+        "surrogate.py",
+        "climbing.py",
+        "acquisitions.py",
+        "ceilings.py",
+        "tables.py",
+    )
 ]
 
 

@@ -13,9 +13,9 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from normsearch.errors import SearchError
-from normsearch.searching.encoding import Table
 from normsearch.searching.posterior import Posterior
 from normsearch.searching.space import SearchSpace
+from normsearch.searching.tables import Table
 
 #: One-sided 90 % quantiles of Student's t by degrees of freedom; the normal's from 30 on.
 _T90 = (3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372)

@@ -14,9 +14,7 @@ from optuna.trial import FrozenTrial
 from normsearch.errors import SearchError
 from normsearch.searching.ceilings import Ceilings
 from normsearch.searching.surrogate import Floats, Plans, Space
-
-#: Contribution of each choice of each parameter: {"layer1.bn": {"group": 0.1, "batch": -0.2}, …}.
-Table = Mapping[str, Mapping[str, float]]
+from normsearch.searching.tables import Table
 
 
 class Encoding:
@@ -71,6 +69,19 @@ class Encoding:
                 self.names, self._distributions, self._indices, plan, strict=True
             )
         }
+
+    def uniform(self) -> list[Plans]:
+        """Return the uniform plans: of every method that more than half of the sites may have.
+
+        Where there is none, as parameters have choices of their own, the first plan has every first choice,
+        the second every second one, and so on.
+        """
+        allowed = self.space.allowed
+        common = np.flatnonzero(2 * allowed.sum(0) > len(allowed))
+        if len(common):
+            return [self.permitted(np.full(len(allowed), number)) for number in common]
+        own = [np.flatnonzero(row) for row in allowed]
+        return [np.array([row[i % len(row)] for row in own]) for i in range(max(map(len, own)))]
 
     def permitted(self, plan: Plans) -> Plans:
         """Return a plan with the site's first method wherever the given one may not stand."""
@@ -163,43 +174,3 @@ def _some(words: Iterable[Any]) -> str:
     """Return the first few of some names."""
     listed = [repr(word) for word in words]
     return ", ".join(listed[:4]) + (", …" if len(listed) > 4 else "")
-
-
-def checked_costs(costs: Any) -> dict[int, Table]:
-    """Return tables by objective; raise a ``SearchError`` for anything else."""
-    if not isinstance(costs, Mapping):
-        raise SearchError(f"costs={costs!r}: give {{number of an objective: table}}")
-    for index in costs:
-        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-            raise SearchError(f"costs[{index!r}]: give the objective's number, from 0 on")
-    return {index: checked_table(f"costs[{index}]", table) for index, table in costs.items()}
-
-
-def checked_ceilings(ceilings: Any) -> list[tuple[Table, float]]:
-    """Return pairs of tables and limits; raise a ``SearchError`` for anything else."""
-    if not isinstance(ceilings, Sequence) or any(
-        not isinstance(one, Sequence) or len(one) != 2 for one in ceilings
-    ):
-        raise SearchError(f"ceilings={ceilings!r}: give a list of pairs (table, limit)")
-    return [
-        (checked_table(f"ceilings[{index}]", table), _finite(f"ceilings[{index}]'s limit", limit))
-        for index, (table, limit) in enumerate(ceilings)
-    ]
-
-
-def checked_table(what: str, table: Any) -> Table:
-    """Return a table of finite numbers; raise a ``SearchError`` for anything else."""
-    if not isinstance(table, Mapping):
-        raise SearchError(f"{what} = {table!r}: give {{parameter: {{choice: number}}}}")
-    for name, row in table.items():
-        if not isinstance(row, Mapping):
-            raise SearchError(f"{what}[{name!r}] = {row!r}: give {{choice: number}}")
-        for choice, value in row.items():
-            _finite(f"{what}[{name!r}][{choice!r}]", value)
-    return table
-
-
-def _finite(what: str, value: Any) -> float:
-    if not isinstance(value, int | float | np.number) or not np.isfinite(value):
-        raise SearchError(f"{what} = {value!r}: give a finite number")
-    return float(value)

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
 
-from normsearch.searching.encoding import Table
 from normsearch.searching.space import SearchSpace
 from normsearch.searching.surrogate import PlanSurrogate, Space, without_outliers
+from normsearch.searching.tables import Table
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,9 @@ from normsearch.searching.acquisitions import (
 )
 from normsearch.searching.ceilings import Ceilings
 from normsearch.searching.climbing import Climb, Goal, KnownSum
-from normsearch.searching.encoding import (
-    Encoding,
-    Table,
-    checked_ceilings,
-    checked_costs,
-    checked_table,
-    distinct,
-)
+from normsearch.searching.encoding import Encoding, distinct
 from normsearch.searching.surrogate import Floats, Plans, PlanSurrogate, Space, without_outliers
+from normsearch.searching.tables import Table, checked_ceilings, checked_costs, checked_table, least
 
 #: A score beyond is as bad as an infinite one: sums of squares of larger ones are.
 _LARGEST = 1e100
@@ -144,14 +138,15 @@ class NormSampler(BaseSampler):
         ]
         broken = [t for t in _trials(study, TrialState.FAIL, TrialState.PRUNED) if problem.holds(t)]
         seen = {problem.read(t) for t in (*done, *running, *broken)}
-        ceilings = problem.ceilings(self._limits(problem, study, fixed), fixed)
+        limits = self._limits(problem, study, fixed)
+        ceilings = problem.ceilings(limits, fixed)
         first = next((plan for plan in self._first(problem, ceilings) if tuple(plan) not in seen), None)
         if first is None and len(done) < 2:
             first = ceilings.another(seen, rng)
         if first is not None:
             return problem.write(first)
         # What was given up above a ceiling says nothing of those below.
-        done += [t for t in broken if ceilings.permit(np.array(problem.read(t)))]
+        done += [t for t in broken if problem.ceilings(limits, {}).permit(np.array(problem.read(t)))]
         plans = np.array([problem.read(t) for t in done])
         waiting = np.array([problem.read(t) for t in running]).reshape(-1, len(search_space))
         goals = [
@@ -178,7 +173,7 @@ class NormSampler(BaseSampler):
             choices = [
                 choice
                 for choice in param_distribution.choices
-                if all(_least(table, {**known, param_name: choice}) <= m for table, m in self._ceilings)
+                if all(least(table, {**known, param_name: choice}) <= m for table, m in self._ceilings)
             ] or param_distribution.choices
             if trial.number == 0:
                 return choices[0]
@@ -223,26 +218,14 @@ class NormSampler(BaseSampler):
         return [
             (
                 table,
-                limit - _least({name: table[name] for name in missing & table.keys()}, {**single, **fixed}),
+                limit - least({name: table[name] for name in missing & table.keys()}, {**single, **fixed}),
             )
             for table, limit in self._ceilings
         ]
 
     def _first(self, problem: Encoding, ceilings: Ceilings) -> list[Plans]:
-        """Return every uniform plan that is under the ceilings.
-
-        A method is uniform if more than half of the sites may have it. Where none is, as parameters have
-        choices of their own, the first plan has every first choice, the second every second, and so on.
-        """
-        allowed = problem.space.allowed
-        sites = len(allowed)
-        common = np.flatnonzero(2 * allowed.sum(0) > sites)
-        if len(common):
-            uniform = [problem.permitted(np.full(sites, number)) for number in common]
-        else:
-            own = [np.flatnonzero(row) for row in allowed]
-            uniform = [np.array([row[i % len(row)] for row in own]) for i in range(max(map(len, own)))]
-        return [plan for plan in uniform if ceilings.permit(plan)]
+        """Return every uniform plan that is under the ceilings."""
+        return [plan for plan in problem.uniform() if ceilings.permit(plan)]
 
     def _promise(self, goals: Sequence[Goal], allowed: Plans, rng: np.random.Generator) -> Acquisition:
         """Return what makes a plan worth a trial, given the plans that meet all constraints."""
@@ -320,16 +303,3 @@ def _shared(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
     several = [trial.distributions for trial in trials if trial.distributions]
     first = several[0] if several else {}
     return {name: one for name, one in first.items() if all(other.get(name) == one for other in several)}
-
-
-def _least(table: Table, params: Mapping[str, Any]) -> float:
-    """Return the least that a table adds up to, given some of the parameters."""
-    return sum(_added(row, name, params) for name, row in table.items())
-
-
-def _added(row: Mapping[Any, float], name: str, params: Mapping[str, Any]) -> float:
-    try:
-        return row[params[name]]
-    except (KeyError, TypeError):
-        # It is not set yet, or to what no table can name.
-        return min(row.values(), default=0.0)

@@ -8,10 +8,10 @@ from optuna.samplers import BaseSampler
 from normsearch.errors import SearchError
 from normsearch.searching.constraints import CEILINGS, MaxLatency, MaxMemory
 from normsearch.searching.costs import CostTable
-from normsearch.searching.encoding import Table
 from normsearch.searching.sampler import NormSampler
 from normsearch.searching.space import SearchSpace
 from normsearch.searching.studies import Memory, Settings
+from normsearch.searching.tables import Table
 
 SAMPLERS = ("auto", "norm", "tpe", "gp", "nsga2", "random")
 

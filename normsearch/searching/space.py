@@ -15,7 +15,7 @@ from torch import nn
 from normsearch.errors import SearchError
 from normsearch.methods import Method, Refusal, parse_method
 from normsearch.plans import Plan, Row, refusal_at
-from normsearch.searching.encoding import Table
+from normsearch.searching.tables import Table
 from normsearch.site_effects import chosen
 from normsearch.sites import NormSite, analyse
 
