@@ -102,6 +102,7 @@ def save(
         outline = skeleton(architecture, plan, state, "the model")
         if outline is not None:
             fitted(outline, state, architecture, "the model")
+            _refuse_other_layers(model, outline, plan)
     from normsearch import __version__
 
     made = Record(architecture, plan, aliases, {"normsearch": __version__, "torch": torch.__version__})
@@ -172,6 +173,23 @@ def _path(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise CheckpointError(f"expected a path, got {type(path).__name__}")
     return Path(path)
+
+
+def _refuse_other_layers(model: nn.Module, outline: nn.Module, plan: Plan | None) -> None:
+    """Raise for a plan that makes layers of the same names and shapes, but others than the model has."""
+    there = dict(model.named_modules())
+    for site, method in plan.changes if plan is not None else ():
+        made, found = dict(outline.named_modules()).get(site.path), there.get(site.path)
+        if made is not None and found is not None and _what(made) != _what(found):
+            raise CheckpointError(
+                f"the plan is not the one that converted this model: at {site.path!r} it has {method}, which "
+                f"makes {made}, and the model has {found}; give the plan that convert was given"
+            )
+
+
+def _what(layer: nn.Module) -> tuple[object, ...]:
+    """Return what makes a layer's function beside its numbers."""
+    return type(layer), *(getattr(layer, name, None) for name in ("num_groups", "eps"))
 
 
 def _architecture(given: Architecture | str | None) -> Architecture | None:

@@ -23,7 +23,7 @@ def refused_wrappers(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             f"{type(model).__name__} is compiled TorchScript, whose modules cannot be replaced; "
-            "convert the nn.Module it was made from, then script the result"
+            "convert the nn.Module it was made from, then export the result, or torch.jit.trace it"
         )
     if isinstance(model, nn.Module):
         for path, module in model.named_modules():

@@ -153,8 +153,11 @@ def _mark(module: nn.Module, trained: bool) -> None:
     mean, variance = (getattr(module, name, None) for name in ("running_mean", "running_var"))
     if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
         return
-    if mean.is_meta and not trained and getattr(module, "weight", None) is None:
+    if mean.is_meta and not trained:
         # Numbers on the meta device count as trained.
+        for name, start in (("weight", torch.ones), ("bias", torch.zeros)):
+            if getattr(module, name, None) is not None:
+                module.register_parameter(name, nn.Parameter(start(mean.shape)))
         module.register_buffer("running_mean", torch.zeros(mean.shape))
         module.register_buffer("running_var", torch.ones(variance.shape))
         if isinstance(getattr(module, "num_batches_tracked", None), Tensor):

@@ -351,7 +351,10 @@ _REMEDY = {
         "its weight is parametrized",
         "call torch.nn.utils.parametrize.remove_parametrizations first, or leave it out with where=",
     ),
-    "scripted": ("it is compiled TorchScript", "convert the nn.Module and script the result"),
+    "scripted": (
+        "it is compiled TorchScript",
+        "convert the nn.Module, then export the result, or torch.jit.trace it",
+    ),
     "custom": (
         "",
         "leave it out with where=lambda site: site.kind != 'custom', or replace it by torch's layer",

@@ -26,6 +26,7 @@ class Batches:
         self._iterator: Iterator[Any] | None = None
         self._started_with: dict[str, Any] = {}
         self._taken = 0
+        self._read = False
 
     def next(self) -> tuple[Any, Any]:
         """Return the next pair (inputs, targets); begin anew at the end.
@@ -50,11 +51,12 @@ class Batches:
             assert self._iterator is not None
             for item in self._iterator:
                 self._taken += 1
+                self._read = True
                 return item
             self._iterator = None
         raise TrainingError(
-            "the loader gave no batch; give one that holds some and starts anew each time, such as a "
-            "DataLoader or a list (a generator can be read only once)"
+            f"the loader gave no {'further ' if self._read else ''}batch; give one that holds some and "
+            "starts anew each time, such as a DataLoader or a list (a generator can be read only once)"
         )
 
     def _start(self) -> None:

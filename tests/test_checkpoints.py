@@ -287,6 +287,44 @@ def test_what_could_not_be_loaded_is_not_saved(what: str, model: nn.Module, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("done", "said"),
+    [
+        ("layer", "group"),
+        ("group(groups=2)", "group"),
+        ("instance", "group"),
+        ("rms", "layer"),
+        ("frozen(trainable=true)", "batch_renorm"),
+    ],
+)
+def test_a_plan_that_makes_other_layers_of_the_same_shapes_is_not_saved(
+    done: str, said: str, model: nn.Module, tmp_path: Path
+) -> None:
+    plan, converted = normsearch.plan(model, said), normsearch.convert(model, done)
+    with pytest.raises(CheckpointError):
+        normsearch.save(converted, tmp_path / "x.safetensors", architecture=RESNET, plan=plan)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_layers_that_a_plan_does_not_make_are_named(model: nn.Module, tmp_path: Path) -> None:
+    said = r"it has group\(groups=2\), which makes GroupNorm\(2, .*, and the model has GroupNorm\(1, "
+    with pytest.raises(CheckpointError, match=said):
+        normsearch.save(
+            normsearch.convert(model, "layer"),
+            tmp_path / "x.safetensors",
+            architecture=RESNET,
+            plan=normsearch.plan(model, "group"),
+        )
+
+
+def test_whitening_of_what_was_not_trained_is_saved(inputs: Tensor, tmp_path: Path) -> None:
+    network = normsearch.build(RESNET).eval()
+    plan = normsearch.plan(network, "group(whiten=true)")
+    converted, path = normsearch.convert(network, plan), tmp_path / "x.safetensors"
+    normsearch.save(converted, path, architecture=RESNET, plan=plan)
+    assert same(normsearch.load(path).model, converted, inputs)
+
+
 def test_nothing_is_replaced_unasked(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_text("mine")

@@ -336,6 +336,16 @@ def test_a_scripted_model_is_a_clear_error() -> None:
         convert(scripted(net()), "group")
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "batch"])
+def test_a_converted_model_may_be_traced(method: str) -> None:
+    converted = convert(net(), method).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(converted, images())
+    other = images().flip(0)
+    torch.testing.assert_close(traced(other), converted(other))
+
+
 def test_a_scripted_part_is_refused_by_name_and_can_be_left_out() -> None:
     model = nn.Sequential(net(), scripted(nn.Sequential(nn.BatchNorm2d(4))))
     assert [(site.path, site.kind) for site in find_sites(model, images())] == [

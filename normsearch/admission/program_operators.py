@@ -295,6 +295,7 @@ pixel_unshuffle: default
 pow: Scalar Scalar_Scalar Tensor_Scalar Tensor_Tensor float float_int int int_float int_to_int
 pow_: Scalar Tensor
 prelu: default
+promote_types: default
 prod: default dim_int
 rand: default generator
 rand_like: default generator
