@@ -84,7 +84,7 @@ Wanted = Annotated[
     To,
     Field(
         description="a method; a list in order of preference; or patterns of site paths to these, where * "
-        "matches any text and the first that matches counts",
+        "matches any text and the first that matches counts, * alone last",
         examples=["group", ["identity", "frozen"], {"layer4.*": "instance", "*": "group(groups=8)"}],
     ),
 ]

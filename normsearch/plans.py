@@ -254,7 +254,7 @@ def plan(
         model: any nn.Module, or a ``torch.export.ExportedProgram``.
         to: a method or its spelling (``"group(groups=8)"``); a list of them in order of preference, of
             which each site gets the first that does not refuse it; or a mapping from glob patterns of
-            site paths to these, of which the first that matches counts. Sites that no pattern matches
+            site paths to these, of which the first that matches counts, ``*`` last. Sites that none matches
             stay ``batch``.
         inputs: one forward pass's inputs, which tell shapes: instance norm can then refuse 1×1 maps now
             instead of at run time.
@@ -301,7 +301,10 @@ def _patterns(to: To) -> dict[str, tuple[Method, ...]]:
                 raise PlanError(
                     f"a mapping goes from patterns of site paths, which are text, got {pattern!r}"
                 )
-        return {pattern: _methods(choice) for pattern, choice in to.items()}
+        patterns = {pattern: _methods(choice) for pattern, choice in to.items()}
+        # What matches everything is for what is left, wherever it stands.
+        rest = {"*": patterns.pop("*")} if "*" in patterns else {}
+        return patterns | rest
     return {"*": _methods(to)}
 
 

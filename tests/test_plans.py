@@ -139,6 +139,15 @@ def test_the_first_method_that_does_not_refuse_is_taken() -> None:
     assert [str(method) for method in the_plan.values()] == ["instance", "group(groups=1)"]
 
 
+def test_what_matches_everything_is_for_the_rest_wherever_it_stands() -> None:
+    first, second = (site.path for site in plan(pair(), "group").sites)
+    for to in ({"*": "group", second: "rms"}, {second: "rms", "*": "group"}):
+        assert [method.name for method in plan(pair(), to).values()] == ["group", "rms"]
+    # Of others the first counts.
+    both = {f"{second}*": "layer", second: "rms", f"{first}*": "group"}
+    assert [method.name for method in plan(pair(), both).values()] == ["group", "layer"]
+
+
 def test_every_refusal_is_collected() -> None:
     model = nn.Sequential(*(nn.BatchNorm2d(8, track_running_stats=False) for _ in range(3)))
     with pytest.raises(RefusedError) as caught:

@@ -102,7 +102,7 @@ Methods = Annotated[
         "--to",
         "-t",
         help="A method; several, in order of preference, with commas; or pattern=method for the sites whose "
-        "path matches. Repeat.",
+        "path matches. Repeat; the first pattern that matches counts, a method alone is for the rest.",
     ),
 ]
 

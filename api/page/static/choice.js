@@ -4,7 +4,7 @@ export const KEEP = "batch";
 
 /**
  * A choice: a method for all sites, exceptions by pattern, exceptions for single sites.
- * `rules` are {pattern, method}; the first that matches counts. `sites` maps paths to methods.
+ * `rules` are {pattern, method}; the first that matches counts, `*` last. `sites` maps paths to methods.
  */
 export const empty = () => ({ all: KEEP, rules: [], sites: {} });
 
@@ -65,7 +65,9 @@ function translated(pattern) {
 export function wantedAt(choice, site) {
   const names = [site.path, ...site.aliases];
   for (const name of names) if (name in choice.sites) return { method: choice.sites[name], by: "site" };
-  const rule = choice.rules.find(({ pattern }) => names.some((name) => matches(pattern, name)));
+  const fits = ({ pattern }) => names.some((name) => matches(pattern, name));
+  const everything = choice.rules.find(({ pattern }) => pattern === "*");
+  const rule = choice.rules.find((one) => one.pattern !== "*" && fits(one)) ?? everything;
   if (rule) return { method: rule.method, by: "rule" };
   return { method: choice.all, by: "all" };
 }
