@@ -71,7 +71,7 @@ def slow():
 
 class Noisy:
     def __call__(self, model, trial):
-        return self.confirm(model, trial) + (trial.number == 6)
+        return self.confirm(model, trial) + 9 * (trial.number == 6)
     def confirm(self, model, trial):
         return objective(model, trial)
 
