@@ -177,9 +177,9 @@ def _path(path: str | os.PathLike[str]) -> Path:
 
 def _refuse_other_layers(model: nn.Module, outline: nn.Module, plan: Plan | None) -> None:
     """Raise for a plan that makes layers of the same names and shapes, but others than the model has."""
-    there = dict(model.named_modules())
+    theirs, ours = dict(outline.named_modules()), dict(model.named_modules())
     for site, method in plan.changes if plan is not None else ():
-        made, found = dict(outline.named_modules()).get(site.path), there.get(site.path)
+        made, found = theirs.get(site.path), ours.get(site.path)
         if made is not None and found is not None and _what(made) != _what(found):
             raise CheckpointError(
                 f"the plan is not the one that converted this model: at {site.path!r} it has {method}, which "
@@ -189,7 +189,8 @@ def _refuse_other_layers(model: nn.Module, outline: nn.Module, plan: Plan | None
 
 def _what(layer: nn.Module) -> tuple[object, ...]:
     """Return what makes a layer's function beside its numbers."""
-    return type(layer), *(getattr(layer, name, None) for name in ("num_groups", "eps"))
+    # By name: parametrized layers have classes of their own, each.
+    return type(layer).__qualname__, *(getattr(layer, name, None) for name in ("num_groups", "eps"))
 
 
 def _architecture(given: Architecture | str | None) -> Architecture | None:

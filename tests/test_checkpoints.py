@@ -317,6 +317,13 @@ def test_the_layers_that_a_plan_does_not_make_are_named(model: nn.Module, tmp_pa
         )
 
 
+def test_parametrized_layers_are_no_other_layers(model: nn.Module, inputs: Tensor, tmp_path: Path) -> None:
+    plan = normsearch.plan(model, ["spectral", "weight", "frozen"], weights=True)
+    converted, path = normsearch.convert(model, plan), tmp_path / "x.safetensors"
+    normsearch.save(converted, path, architecture=RESNET, plan=plan)
+    assert same(normsearch.load(path).model, converted, inputs)
+
+
 def test_whitening_of_what_was_not_trained_is_saved(inputs: Tensor, tmp_path: Path) -> None:
     network = normsearch.build(RESNET).eval()
     plan = normsearch.plan(network, "group(whiten=true)")
