@@ -64,9 +64,10 @@ def assert_clean(found: Verdict, trials: int) -> None:
 
 def test_killed_workers_lose_nothing(shared: str, tmp_path: Path) -> None:
     """As on several machines: only their beats tell that they are gone."""
-    task = Work(shared, tmp_path, n_trials=20, seconds=0.3, terms=TERMS, elsewhere=True)
+    # Three seconds of work at least, for a second of blows: a busy machine strikes late.
+    task = Work(shared, tmp_path, n_trials=40, seconds=0.3, terms=TERMS, elsewhere=True)
     found = storm(task, workers=4, kills=6, pause=0.15, seed=7)
-    assert_clean(found, 20)
+    assert_clean(found, 40)
     assert found.struck == 6
 
 
