@@ -39,13 +39,8 @@ class Tour:
     def __init__(
         self, browser: Browser, base: str, secret: str, folder: Path, work: Path, all_schemes: bool
     ) -> None:
-        self._browser, self._base, self._secret, self._folder, self._work = (
-            browser,
-            base,
-            secret,
-            folder,
-            work,
-        )
+        self._browser, self._base, self._secret = browser, base, secret
+        self._folder, self._work = folder, work
         self._views = [
             (width, scheme)
             for width in SIZES
